@@ -1,0 +1,52 @@
+"""Forebay: compute a language model's inner activations once, keep them labelled, ask them anything later.
+
+The names below are loaded when they are first used: `import forebay` costs neither torch nor xarray.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebay.pipeline.plan import plan
+    from forebay.pipeline.run import run
+    from forebay.stages.analyze.logit_lens import logit_lens
+    from forebay.stages.models.load import load_model
+    from forebay.stages.models.model import load_unembedding
+    from forebay.stages.models.points import HookPoint
+    from forebay.stages.models.taps import HookSpec
+    from forebay.stores.tree import open_run, open_store
+
+_HOMES = {
+    "HookPoint": "forebay.stages.models.points",
+    "HookSpec": "forebay.stages.models.taps",
+    "load_model": "forebay.stages.models.load",
+    "load_unembedding": "forebay.stages.models.model",
+    "logit_lens": "forebay.stages.analyze.logit_lens",
+    "open_run": "forebay.stores.tree",
+    "open_store": "forebay.stores.tree",
+    "plan": "forebay.pipeline.plan",
+    "run": "forebay.pipeline.run",
+}
+
+__version__ = metadata.version("forebay")
+__all__ = [
+    "HookPoint",
+    "HookSpec",
+    "load_model",
+    "load_unembedding",
+    "logit_lens",
+    "open_run",
+    "open_store",
+    "plan",
+    "run",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'forebay' has no attribute {name!r}; it has {', '.join(__all__)}")
+        return getattr(import_module(_HOMES[name]), name)
+
+    def __dir__() -> list[str]:
+        return [*__all__, "__version__"]

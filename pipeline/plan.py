@@ -1,0 +1,201 @@
+"""Specs → schemas, fingerprints, units, bytes and time: everything that can be refused is refused here, before any work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import xarray as xr
+
+from ..stages.stage import Stage
+from ..stages.tokenize import Tokenize
+from ..stores.documents import Documents
+from ..stores.errors import DiskFull, StoreNotFound
+from ..stores.fingerprint import canonical_json, fingerprint, sha256_files, versions
+from ..stores.grid import Unit
+from ..stores.ledger import Ledger, read_json, write_atomic
+from ..stores.schema import Schema
+from ..stores.store import DATA, Store, mismatch
+from ..stores.tree import read_rows
+from .recipe import Recipe, read_recipe
+
+CountProgress = Callable[[int, int], None]
+
+
+class Source(Protocol):
+    """What a step reads: something with a schema, and rows of it as a labelled block."""
+
+    @property
+    def schema(self) -> Schema: ...
+    def read(self, span: slice) -> xr.Dataset: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan: a stage with its output fixed. `payload` is everything that determines the values, `fingerprint` its hash."""
+
+    stage: Stage
+    schema: Schema
+    source_schema: Schema
+    payload: Mapping[str, Any]
+    fingerprint: str
+    folder: Path
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a full unit, which is what one buffer of it takes in memory."""
+        return -(-self.schema.nbytes * min(self.schema.unit_tokens, self.schema.n_token) // self.schema.n_token)
+
+    def todo(self) -> list[Unit]:
+        """Units without a record. Looks at the ledger only."""
+        done = self.ledger.done()
+        return [unit for unit in self.schema.grid if unit.index not in done]
+
+    def open(self) -> Store:
+        """The step's store, made if it is not there. FingerprintMismatch if another recipe made it."""
+        return Store.create(self.folder, self.schema, self.fingerprint, self.payload)
+
+    def check_store(self) -> None:
+        """FingerprintMismatch if there is a store that another recipe made."""
+        if (self.folder / DATA).exists():
+            store = Store.open(self.folder)
+            if store.fingerprint != self.fingerprint:
+                raise mismatch(store, self.fingerprint, self.payload)
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """A finished step as the source of the next."""
+
+    store: Store
+    schema: Schema
+
+    def read(self, span: slice) -> xr.Dataset:
+        return read_rows(self.store, span)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with one folder: steps in order, each with its geometry and fingerprint."""
+
+    recipe: Recipe
+    folder: Path
+    device: str
+    documents: Documents
+    steps: tuple[Step, ...]
+
+    def step(self, name: str) -> Step:
+        """The step whose store has this name."""
+        return next(step for step in self.steps if step.stage.store == name)
+
+    def source(self, step: Step) -> Source:
+        """What a step reads: the corpus, or the store of the step before it."""
+        if step.stage.source is None:
+            return self.documents
+        before = next(s for s in self.steps if s.stage.verb == step.stage.source)
+        return StoreSource(before.open(), before.schema)
+
+    def save(self) -> None:
+        """Writes recipe.json and tokenizer.json into the run's folder, unless they stand there."""
+        said = {"recipe": self.recipe.to_json(), "device": self.device, "fingerprints": {s.stage.store: s.fingerprint for s in self.steps}}
+        path = self.folder / "recipe.json"
+        if not path.exists() or {k: v for k, v in read_json(path).items() if k != "versions"} != said:
+            write_atomic(path, canonical_json({**said, "versions": versions()}).encode())
+        if not (self.folder / "tokenizer.json").exists():
+            tokenizer = self._tokenize.tokenizer(self.recipe.model.open())
+            write_atomic(self.folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+
+    def check_space(self) -> None:
+        """DiskFull if what is left to write is more than what is free, before anything is written."""
+        left = sum(step.unit_bytes * len(step.todo()) for step in self.steps)
+        free = shutil.disk_usage(self.folder).free
+        if left > free:
+            raise DiskFull(
+                f"{self.folder} needs {left:,} more bytes (before compression), and {free:,} are free. Capture fewer layers, choose "
+                'store_dtype = "bfloat16", or run into a larger disk with --to'
+            )
+
+    @property
+    def _tokenize(self) -> Tokenize:
+        return next(stage for stage in self.recipe.stages if isinstance(stage, Tokenize))
+
+
+def make_plan(recipe: Recipe, folder: Path, device: str, progress: CountProgress = lambda documents, characters: None) -> Plan:
+    """Checks the whole chain and fixes geometry and fingerprints. Reads the corpus once, to count its tokens, and keeps the counts.
+
+    Raises every refusal there is: of the corpus, the model, the hook names, the geometry, a store made by another recipe.
+    """
+    tokenize = next(stage for stage in recipe.stages if isinstance(stage, Tokenize))
+    for stage in recipe.stages:
+        stage.check()
+    paths = recipe.corpus.paths()
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = sha256_files(paths, folder / "files.json")
+    corpus = {
+        "files": [[path.name, hashes[path]] for path in paths],
+        "text_key": recipe.corpus.text_key,
+        "id_key": recipe.corpus.id_key,
+        **tokenize.identity(),
+        "parse_special": tokenize.parse_special,
+    }
+    documents = Documents(recipe.corpus, folder / tokenize.store / "counts", fingerprint(corpus))
+    documents.count(tokenize.counter(), progress)
+    steps: list[Step] = []
+    for stage in recipe.stages:
+        before = next((step for step in steps if step.stage.verb == stage.source), None)
+        source = before.schema if before else documents.schema
+        upstream = before.fingerprint if before else documents.fingerprint
+        steps.append(_step(stage, source, upstream, folder, device))
+        steps[-1].check_store()
+    return Plan(recipe, folder, device, documents, tuple(steps))
+
+
+def _step(stage: Stage, source: Schema, upstream: str, folder: Path, device: str) -> Step:
+    schema = stage.schema(source)
+    hashes = sha256_files(stage.files(), folder / "files.json")
+    payload = {
+        "step": stage.verb,
+        "version": stage.version,
+        "parameters": {name: value for name, value in stage.parameters().items() if name != "model"},
+        "files": [[path.name, digest] for path, digest in hashes.items()],
+        "identity": stage.identity(),
+        "numerics": stage.numerics(device),
+        "schema": schema.to_json(),
+        "source": upstream,
+    }
+    return Step(stage, schema, source, payload, fingerprint(payload), folder / stage.store)
+
+
+def plan(recipe: str | Path | Recipe, folder: str | Path | None = None, *, device: str = "auto") -> Plan:
+    """The plan of a recipe in `folder` (by default runs/<recipe's name>): every schema, fingerprint and refusal, and nothing computed."""
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    return make_plan(recipe, default_folder(recipe, folder), resolve_device(device))
+
+
+def load_plan(folder: Path, device: str) -> Plan:
+    """The plan of a run that is there, from its recipe.json. StoreNotFound if the folder is no run."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise StoreNotFound(f"{folder} is no run: it has no recipe.json. Start one with `forebay run RECIPE --to {folder}`")
+    return make_plan(Recipe.from_json(read_json(path)["recipe"]), folder, device)
+
+
+def default_folder(recipe: Recipe, folder: str | Path | None) -> Path:
+    """Where a recipe's run lies if nothing else is said: runs/<name> in the current folder."""
+    return Path(folder) if folder is not None else Path("runs") / recipe.name
+
+
+def resolve_device(device: str) -> str:
+    """`auto` as the best device there is: cuda, then mps, then cpu."""
+    if device != "auto":
+        return device
+    from ..stages.models.load import choose_device
+
+    return choose_device("auto")

@@ -1,0 +1,168 @@
+"""What a run says while it works: a live line on a terminal, plain lines in a batch job, nothing in a notebook."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from ..stores.grid import Unit
+from ..stores.ledger import Record
+
+
+class Progress(ABC):
+    """Hears of a run's events. Used as a context for the length of the run."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+    @abstractmethod
+    def counted(self, documents: int, characters: int) -> None:
+        """A block of the corpus has been counted."""
+
+    @abstractmethod
+    def start(self, step: str, n_token: int, done: int) -> None:
+        """A step begins: tokens in all, and tokens recorded by earlier runs."""
+
+    @abstractmethod
+    def advance(self, tokens: int) -> None:
+        """Tokens were computed."""
+
+    @abstractmethod
+    def recorded(self, unit: Unit, record: Record) -> None:
+        """A unit is on disk and recorded."""
+
+    @abstractmethod
+    def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
+        """A unit failed; its traceback stands in a record at `path`."""
+
+
+class Quiet(Progress):
+    """Says nothing."""
+
+    def counted(self, documents: int, characters: int) -> None: ...
+    def start(self, step: str, n_token: int, done: int) -> None: ...
+    def advance(self, tokens: int) -> None: ...
+    def recorded(self, unit: Unit, record: Record) -> None: ...
+    def failed(self, unit: Unit, error: BaseException, path: Path) -> None: ...
+
+
+class Rate:
+    """Tokens a second since a step began, tokens of earlier runs left out."""
+
+    def __init__(self, n_token: int, done: int) -> None:
+        self.n_token, self.done, self.fresh, self.started = n_token, done, 0, time.monotonic()
+
+    @property
+    def per_second(self) -> float:
+        return self.fresh / max(1e-9, time.monotonic() - self.started)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end at this rate; None before the first token."""
+        return (self.n_token - self.done - self.fresh) / self.per_second if self.fresh else None
+
+
+class Lines(Progress):
+    """One plain line a unit, and one every half minute between them: for logs of batch jobs."""
+
+    every = 30.0
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.step, self.rate, self.said = console, "", Rate(0, 0), time.monotonic()
+
+    def counted(self, documents: int, characters: int) -> None:
+        self._say(f"corpus: counted {documents:,} documents, {characters:,} characters")
+
+    def start(self, step: str, n_token: int, done: int) -> None:
+        self.step, self.rate = step, Rate(n_token, done)
+        self._say(f"{step}: {done:,} of {n_token:,} tokens are done" + (", nothing to do" if done == n_token else ""))
+
+    def advance(self, tokens: int) -> None:
+        self.rate.fresh += tokens
+        if time.monotonic() - self.said > self.every:
+            self._say(self._state())
+
+    def recorded(self, unit: Unit, record: Record) -> None:
+        self._say(f"{self._state()}; unit {unit.index} recorded, {record['bytes']:,} bytes in {record['seconds']['write']:.1f} s")
+
+    def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
+        self._say(f"{self.step}: unit {unit.index} FAILED: {error} (traceback in {path})")
+
+    def _state(self) -> str:
+        left = self.rate.left
+        eta = "" if left is None else f", {duration(left)} left"
+        return f"{self.step}: {self.rate.done + self.rate.fresh:,} of {self.rate.n_token:,} tokens, {self.rate.per_second:,.0f} tokens/s{eta}"
+
+    def _say(self, text: str) -> None:
+        self.said = time.monotonic()
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Terminal(Progress):
+    """A live bar a step with rate and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.bars = Bars(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("tokens  {task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self.task: TaskID | None = None
+        self.counting: TaskID | None = None
+        self.rate = Rate(0, 0)
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def counted(self, documents: int, characters: int) -> None:
+        if self.counting is None:
+            self.counting = self.bars.add_task("corpus", total=None, rate="")
+        self.bars.advance(self.counting, characters)
+        self.bars.update(self.counting, rate="counted (characters)")
+
+    def start(self, step: str, n_token: int, done: int) -> None:
+        if self.counting is not None:
+            self.bars.remove_task(self.counting)
+            self.counting = None
+        self.rate = Rate(n_token, done)
+        self.task = self.bars.add_task(step, total=n_token, completed=done, rate="")
+
+    def advance(self, tokens: int) -> None:
+        assert self.task is not None
+        self.rate.fresh += tokens
+        self.bars.update(self.task, advance=tokens, rate=f"{self.rate.per_second:,.0f}/s")
+
+    def recorded(self, unit: Unit, record: Record) -> None: ...
+
+    def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
+        self.bars.console.print(f"unit {unit.index} FAILED: {error} (traceback in {path})", highlight=False, markup=False)
+
+
+def progress_for(console: Console) -> Progress:
+    """A live bar where there is a terminal, plain lines elsewhere."""
+    return Terminal(console) if console.is_terminal else Lines(console)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: '45 s', '3 min 20 s', '2 h 05 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

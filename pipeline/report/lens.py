@@ -1,0 +1,92 @@
+"""`forebay lens`: the logit lens over a selection of a run's store."""
+
+from __future__ import annotations
+
+import re
+from collections import UserDict
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from ...stages.analyze.logit_lens import logit_lens
+from ...stages.models.model import load_unembedding
+from ...stores.errors import FingerprintMismatch, SchemaError, nearest
+from ...stores.fingerprint import sha256_files
+from ...stores.tree import open_run
+from ..recipe import Recipe
+
+
+class TokenTexts(UserDict[int, str]):
+    """Token id → its text, from a run's own tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        super().__init__()
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def __missing__(self, token_id: int) -> str:
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        self[token_id] = text
+        return text
+
+
+def lens_of_run(
+    folder: Path,
+    *,
+    document: int | None,
+    sequence: int | None,
+    positions: str,
+    layers: str | None,
+    hook: str,
+    partial: bool,
+    top: int = 1,
+) -> tuple[xr.Dataset, TokenTexts]:
+    """The computed lens of a selection, and the texts of its tokens. SchemaError or KeyError name what is not in the store."""
+    run = open_run(folder, partial=partial)
+    kinds = list(run["activations"].children) if "activations" in run.children else []
+    if hook not in kinds:
+        raise SchemaError(f"{folder} has no activations of {hook!r}.{nearest(hook, kinds)} It has: {', '.join(kinds) or 'none'}")
+    selection: dict[str, Any] = {"position": _positions(positions)}
+    if document is not None:
+        selection["document"] = document
+    if sequence is not None or document is None:
+        selection["sequence"] = sequence or 0
+    activations = run[f"activations/{hook}"].to_dataset()
+    if layers is not None and "layer" in activations.dims:
+        selection["layer"] = _layers(layers)
+    try:
+        activations = activations.sel(selection)
+    except KeyError as error:
+        raise SchemaError(f"{folder}: {error.args[0]}") from error
+    return logit_lens(activations, _unembedding(folder, run), top=top).compute(), TokenTexts(folder)
+
+
+def _unembedding(folder: Path, run: xr.DataTree) -> Any:
+    """The unembedding of the model that made the run. FingerprintMismatch if its files have changed since."""
+    recipe = Recipe.from_json(run.attrs["recipe"])
+    checkpoint = recipe.model.open()
+    made_from = run["activations"].attrs["files"]
+    now = [[path.name, digest] for path, digest in sha256_files(checkpoint.files, folder / "files.json").items()]
+    if made_from != now:
+        raise FingerprintMismatch(f"{recipe.model.source} is not the model that made this run: its files have changed since")
+    return load_unembedding(recipe.model.source, revision=recipe.model.revision)
+
+
+def _positions(text: str) -> slice:
+    found = re.fullmatch(r"(\d*):(\d*)", text) or re.fullmatch(r"(\d+)()", text)
+    if not found:
+        raise SchemaError(f"positions {text!r} are not FIRST:LAST, as in 0:16, 100: or 7")
+    first = int(found[1] or 0)
+    return slice(first, first if ":" not in text else int(found[2]) if found[2] else None)
+
+
+def _layers(text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found:
+            raise SchemaError(f"layers {text!r} are not a list such as 0,10-12")
+        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return numbers

@@ -1,0 +1,132 @@
+"""Plans, states and outcomes as rich tables and plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from ..progress import duration
+from .status import StepStatus
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ...stages.models.spec import ModelSpec
+    from ..run import Outcome
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them, in powers of 1000: '1.3 GB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:.3g} PB"
+
+
+def status_table(steps: Iterable[StepStatus]) -> RenderableType:
+    """One row a step, and below it the units that failed with their errors."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("step", "left"), ("units", "right"), ("tokens", "right"), ("size", "right"), ("tokens/s", "right"), ("left", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    failures = []
+    for step in steps:
+        rate = f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "–"
+        left = "done" if step.left == 0 else "?" if step.left is None else duration(step.left)
+        table.add_row(step.name, f"{step.units_done}/{step.units}", f"{step.tokens_done:,}/{step.n_token:,}", size(step.nbytes), rate, left)
+        failures += [f"{step.name}: unit {unit} failed: {error}" for unit, error in step.failed.items()]
+    return Group(table, *map(escape, failures))
+
+
+def lens_table(lens: xr.Dataset, decode: Mapping[int, str]) -> RenderableType:
+    """The logit lens: a row a token, two columns a layer (top token with its probability, rank of the next token)."""
+    layers = lens["layer"].values
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pos", justify="right")
+    table.add_column("token")
+    for layer in layers:
+        table.add_column(f"layer {layer}")
+        table.add_column("rank", justify="right")
+    table.add_column("next")
+    for i in range(lens.sizes["token"]):
+        row = lens.isel(token=i)
+        cells = [str(int(row["position"])), show(decode, int(row["token_id"]))]
+        for j in range(len(layers)):
+            top = row["top_token_id"].values[j, 0], row["top_probability"].values[j, 0]
+            rank = row["next_rank"].values[j]
+            cells += [f"{show(decode, int(top[0]))} {top[1]:.1%}", "–" if rank != rank else f"{int(rank)}"]
+        following = int(row["next_token_id"])
+        table.add_row(*cells, "–" if following < 0 else show(decode, following))
+    return table
+
+
+def show(decode: Mapping[int, str], token_id: int) -> str:
+    """A token's text, safe for a terminal: control and markup characters escaped, spaces visible."""
+    text = decode[token_id].replace(" ", "·")
+    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def console(err: bool = False) -> Console:
+    """The console of standard output (or error): colours and live bars only where there is a terminal."""
+    return Console(stderr=err)
+
+
+def hooks_table(spec: ModelSpec, patterns: Sequence[str]) -> RenderableType:
+    """One row a kind of hook point: its name, the layers that have it, and the shape of a capture."""
+    from ...stages.models.points import expand
+
+    chosen = expand(patterns, spec.points()) if patterns else spec.points()
+    layers: dict[str, list[int]] = {}
+    for point in chosen:
+        layers.setdefault(point.kind, []).extend([] if point.layer is None else [point.layer])
+    table = Table(box=None, pad_edge=False)
+    table.add_column("hook point", no_wrap=True)
+    table.add_column("layers")
+    table.add_column("one forward's capture")
+    for point in {point.kind: point for point in chosen}.values():
+        shape = ", ".join(f"{dim} {spec.sizes[dim]}" if dim in spec.sizes else dim for dim in point.dims)
+        name = point.kind if point.layer is None else f"blocks.N.{point.kind}"
+        table.add_row(name, _ranges(layers[point.kind]), f"[{shape}]".replace("[", "\\["))
+    return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order as ranges: '0-3, 7'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "–"
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """What a run did, and the lines of Python that open it."""
+    lines = []
+    for step in outcome.steps:
+        if step.tokens:
+            rate = step.tokens / max(step.seconds, 1e-9)
+            lines.append(f"{step.name}: {step.tokens:,} tokens, {size(step.nbytes)} in {duration(step.seconds)} ({rate:,.0f} tokens/s)")
+        elif not step.failed:
+            lines.append(f"{step.name}: {step.n_token:,} tokens, all of it was done before")
+        lines += [f"{step.name}: unit {unit} failed, its traceback is in {path}" for unit, path in step.failed.items()]
+    if any(step.failed for step in outcome.steps):
+        return "\n".join([*lines, "Some units failed. What is recorded is safe; running again tries the failed ones again."])
+    if outcome.interrupted:
+        return "\n".join([*lines, "Stopped before the end. What is recorded is safe; run the same command again to go on."])
+    path = str(outcome.folder)
+    return "\n".join(
+        [
+            *lines,
+            f"The store is in {path}. Open it with",
+            "",
+            "    import forebay",
+            f"    run = forebay.open_run({path!r})",
+            *(['    run["activations"]'] if any(step.name == "activations" for step in outcome.steps) else ['    run["tokens"]']),
+        ]
+    )

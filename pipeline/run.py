@@ -1,0 +1,214 @@
+"""The loop: read → compute → write → record, each overlapped with the next, over the units that are not done.
+
+A unit is read while the one before it is computed, and written while the one after it is computed; within a unit, a batch's
+captures are gathered while the next batch computes. So memory holds two units' buffers, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from threading import Event
+from types import FrameType
+
+import xarray as xr
+
+from ..stages.stage import Apply
+from ..stores.errors import DiskFull
+from ..stores.fingerprint import versions, whereabouts
+from ..stores.grid import Unit
+from ..stores.ledger import Record
+from ..stores.store import Store
+from ..stores.writer import UnitWriter
+from .plan import Plan, Source, Step, default_folder, load_plan, make_plan, resolve_device
+from .progress import Progress, Quiet
+from .recipe import Recipe, read_recipe
+
+COMPLETE, FAILED, INTERRUPTED = 0, 1, 75
+"""Exit codes: all is recorded; units failed; stopped early, run me again (EX_TEMPFAIL)."""
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a run did for one step. `failed` maps a unit to the path of its record; `seconds` is wall time, loading left out."""
+
+    name: str
+    n_token: int
+    tokens: int
+    nbytes: int
+    seconds: float
+    loading: float
+    failed: dict[int, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did. `code` is the process's exit code."""
+
+    folder: Path
+    steps: tuple[StepOutcome, ...]
+    interrupted: bool
+
+    @property
+    def code(self) -> int:
+        if any(step.failed for step in self.steps):
+            return FAILED
+        return INTERRUPTED if self.interrupted else COMPLETE
+
+
+def run(
+    recipe: str | Path | Recipe,
+    folder: str | Path | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Outcome:
+    """Runs a recipe into `folder` (by default runs/<recipe's name>), or goes on with it, and says what was done.
+
+    Ctrl-C and SIGTERM stop between two batches: what is recorded stays, the unit in hand is computed again next time. A unit that
+    fails is recorded with its traceback and the others go on. Everything that can be refused is refused before the first unit:
+    RecipeError, CorpusError, SchemaError, ModelError, HookError, FingerprintMismatch, DiskFull.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    progress = progress or Quiet()
+    with stop_on_signals() as stop, progress:
+        plan = make_plan(recipe, default_folder(recipe, folder), resolve_device(device), progress.counted)
+        plan.check_space()
+        plan.save()
+        steps: list[StepOutcome] = []
+        for step in plan.steps:
+            steps.append(run_step(plan, step, progress, stop))
+            if steps[-1].failed or stop.is_set():
+                break
+        interrupted = stop.is_set() and any(step.todo() for step in plan.steps)
+    return Outcome(plan.folder, tuple(steps), interrupted)
+
+
+def run_unit(folder: str | Path, step: str, index: int, device: str = "auto") -> Record:
+    """Computes one unit of a run that is there and gives its record: read, compute, write, record, one after the other.
+
+    The only call that ever crosses a process boundary: three words in, one record out. A process loads each step once.
+    """
+    plan, this, apply = _loaded(Path(folder), step, resolve_device(device))
+    store, unit = this.open(), this.schema.grid[index]
+    block = _read(this, plan.source(this), unit)
+    started = time.perf_counter()
+    writer = store.writer(unit)
+    for piece in apply(block, unit):
+        writer.put(piece)
+    return writer.finish({"compute": time.perf_counter() - started})
+
+
+@lru_cache(maxsize=2)
+def _loaded(folder: Path, step: str, device: str) -> tuple[Plan, Step, Apply]:
+    plan = load_plan(folder, device)
+    this = plan.step(step)
+    return plan, this, this.stage.load(device, this.schema)
+
+
+def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOutcome:
+    """All units of a step that are not done, in order, overlapped. Returns early when `stop` is set; raises only for a full disk."""
+    todo, failed, written = step.todo(), {}, [0, 0]
+    store, source = step.open(), plan.source(step)
+    progress.start(step.stage.store, step.schema.n_token, step.schema.n_token - sum(map(len, todo)))
+    if not todo:
+        return StepOutcome(step.stage.store, step.schema.n_token, 0, 0, 0.0, 0.0)
+    started = time.perf_counter()
+    apply = step.stage.load(plan.device, step.schema)
+    loaded = time.perf_counter()
+
+    def settle(unit: Unit, record: Future[Record]) -> None:
+        """Waits until a unit is recorded; a failure to write it is the unit's, a full disk is everyone's."""
+        try:
+            found = record.result()
+        except DiskFull:
+            raise
+        except Exception as error:
+            failed[unit.index] = store.ledger.fail(unit.index, error, {**whereabouts(), "versions": versions()})
+        else:
+            written[0] += len(unit)
+            written[1] += found["bytes"]
+            progress.recorded(unit, found)
+
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as finisher:
+        ahead = reader.submit(_read, step, source, todo[0])
+        behind: tuple[Unit, Future[Record]] | None = None
+        for unit, following in zip(todo, [*todo[1:], None], strict=True):
+            begun = time.perf_counter()
+            try:
+                block = ahead.result()
+                if following:
+                    ahead = reader.submit(_read, step, source, following)
+                writer = _compute(apply, block, unit, store, progress, stop)
+            except Exception as error:
+                failed[unit.index] = store.ledger.fail(unit.index, error, {**whereabouts(), "versions": versions()})
+                progress.failed(unit, error, failed[unit.index])
+                continue
+            if behind:
+                settle(*behind)
+            behind = None
+            if writer is None:
+                break
+            behind = unit, finisher.submit(writer.finish, {"compute": time.perf_counter() - begun})
+        if behind:
+            settle(*behind)
+    if not step.todo():
+        store.sweep()
+    return StepOutcome(step.stage.store, step.schema.n_token, *written, time.perf_counter() - loaded, loaded - started, failed)
+
+
+def _read(step: Step, source: Source, unit: Unit) -> xr.Dataset:
+    return source.read(step.stage.span(unit, source.schema, step.schema))
+
+
+def _compute(apply: Apply, block: xr.Dataset, unit: Unit, store: Store, progress: Progress, stop: Event) -> UnitWriter | None:
+    """The unit's pieces, gathered in a writer while the next one computes. None if the run is to stop."""
+    writer = store.writer(unit)
+    with ThreadPoolExecutor(1, "gather") as gatherer:
+        gathered: Future[None] | None = None
+        for piece in apply(block, unit):
+            if gathered:
+                gathered.result()
+            if stop.is_set():
+                return None
+            gathered = gatherer.submit(writer.put, piece)
+            progress.advance(_n_token(piece))
+        if gathered:
+            gathered.result()
+    return writer
+
+
+def _n_token(piece: xr.DataTree) -> int:
+    return max((node.sizes.get("token", 0) for node in piece.subtree), default=0)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Event]:
+    """An event that Ctrl-C, SIGTERM and SIGHUP set, once; a second one interrupts at once. Outside the main thread, never set."""
+    stop = Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    former: dict[signal.Signals, Callable[..., object] | int | None] = {}
+    try:
+        for number in STOPPING:
+            former[number] = signal.signal(number, ask)
+    except ValueError:
+        # Only the main thread may handle signals; a run started elsewhere is stopped by whoever started it.
+        former.clear()
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

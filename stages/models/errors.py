@@ -1,0 +1,18 @@
+"""What the model side refuses with, and how it suggests what was probably meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ModelError(ValueError):
+    """A configuration, checkpoint, tokenizer or batch of tokens that cannot be used; the message names the offender."""
+
+
+class HookError(ValueError):
+    """A hook point, pattern or intervention that the model cannot serve; the message says what it can."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Give `" Did you mean 'x'?"` for the choice most like `word`, or the empty string where none is close."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,154 @@
+"""Reading a config.json so that nothing in it is passed over: every key is honoured, known not to matter, or refused."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..errors import ModelError, nearest
+from ..spec import RopeSpec
+
+# Keys that any transformers configuration may carry and that change no number of a forward pass at inference.
+_IRRELEVANT = frozenset(
+    ["_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_commit_hash", "architectures", "auto_map", "model_type", "transformers_version", "transformers.js_config", "torch_dtype", "dtype", "torchscript", "use_bfloat16", "tf_legacy_loss", "unsloth_fixed", "unsloth_version", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "return_dict_in_generate", "output_scores", "initializer_range", "attention_dropout", "hidden_dropout", "pretraining_tp", "chunk_size_feed_forward", "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "remove_invalid_values", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"]
+)
+
+# Keys that are harmless at one value only: any other would ask for something that no forward here does.
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "is_llama_config": (True,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1, None),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+
+_REQUIRED = object()
+
+
+class Config:
+    """A config.json that remembers which of its keys were asked for, so that the rest can be refused.
+
+    `values` is the parsed file, `where` names it in messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values = values
+        self._where = where
+        self._taken: set[str] = set()
+
+    def take(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Give the value of a key; a missing one, or null, gives the default. Raises ModelError where there is none."""
+        self._taken.add(key)
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ModelError(f"{self._where} has no {key!r}.{nearest(key, self._values)}")
+        return default
+
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        """Give a positive whole number. Raises ModelError for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refusal(key, value, "a whole number above 0")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """Give a positive number. Raises ModelError for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise self.refusal(key, value, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Give true or false. Raises ModelError for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self.refusal(key, value, "true or false")
+        return value
+
+    def choice(self, key: str, default: str, choices: Collection[str]) -> str:
+        """Give one of `choices`. Raises ModelError for anything else, with the nearest."""
+        value = self.take(key, default)
+        if value not in choices:
+            raise self.refusal(key, value, f"one of {', '.join(sorted(choices))}", nearest(str(value), choices))
+        return str(value)
+
+    def table(self, key: str) -> "Config | None":
+        """Give a table inside this one, or None where it is absent or null. Raises ModelError for anything else."""
+        value = self.take(key, None)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.refusal(key, value, "a table")
+        return Config(value, f"{key} of {self._where}")
+
+    def refusal(self, key: str, value: object, expected: str, hint: str = "") -> ModelError:
+        """Give the error for a value that cannot be used."""
+        return ModelError(f"{self._where} says {key} = {value!r}, but forebay can take only {expected} there.{hint}")
+
+    def refuse_the_rest(self) -> None:
+        """Raise ModelError for every key that nobody asked for and that is not known to be without effect."""
+        unknown = []
+        for key in self._values.keys() - self._taken - _IRRELEVANT:
+            if key not in _ONLY:
+                unknown.append(key)
+            elif self._values[key] not in _ONLY[key]:
+                raise self.refusal(key, self._values[key], " or ".join(map(repr, _ONLY[key])))
+        if unknown:
+            settings = ", ".join(f"{key} = {self._values[key]!r}" for key in sorted(unknown))
+            raise ModelError(
+                f"{self._where} has settings that nothing here honours: {settings}. A forward that ignored them could "
+                "be silently wrong, so the model is refused"
+            )
+
+
+def read_rope(config: Config, *, default_base: float, n_ctx: int) -> RopeSpec:
+    """Read rotary settings in the old spelling (`rope_theta`, `rope_scaling`) or that of transformers 5
+    (`rope_parameters`).
+
+    Raises ModelError for a kind of scaling without a rule here, and for settings of it that no rule reads.
+    """
+    base = config.number("rope_theta", default_base)
+    tables = [config.table("rope_scaling"), config.table("rope_parameters")]
+    specs = [_rope(table, base, n_ctx) for table in tables if table is not None]
+    if len(specs) == 2 and specs[0] != specs[1]:
+        raise ModelError(
+            f"the two spellings of the rotary settings disagree: rope_scaling says {specs[0]}, rope_parameters {specs[1]}"
+        )
+    return specs[0] if specs else RopeSpec(base=base)
+
+
+def _rope(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
+    base = scaling.number("rope_theta", base)
+    kind = scaling.choice("rope_type", scaling.take("type", "default"), _ROPE_KINDS)
+    spec = _ROPE_KINDS[kind](scaling, base, n_ctx)
+    scaling.refuse_the_rest()
+    return spec
+
+
+def _default(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
+    scaling.take("factor", None)  # transformers' `default` does not read it either
+    return RopeSpec(base=base)
+
+
+def _linear(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
+    scaling.take("original_max_position_embeddings", None)  # the rule does not depend on it
+    return RopeSpec(base=base, kind="linear", factor=scaling.number("factor"))
+
+
+def _llama3(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
+    return RopeSpec(
+        base=base,
+        kind="llama3",
+        factor=scaling.number("factor"),
+        low_freq_factor=scaling.number("low_freq_factor"),
+        high_freq_factor=scaling.number("high_freq_factor"),
+        original_context=scaling.count("original_max_position_embeddings", n_ctx),
+    )
+
+
+_ROPE_KINDS = {"default": _default, "linear": _linear, "llama3": _llama3}

@@ -1,0 +1,29 @@
+"""Loading a model by name."""
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import open_checkpoint
+from .devices import resolve_device, resolve_dtype
+from .model import Model
+from .weights import read_weights
+
+
+def load_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+) -> Model:
+    """Load a model from a hub id, a local folder, a .gguf file or an installed package (see `open_checkpoint`).
+
+    `device`: `auto` takes cuda, then mps, then cpu. `dtype`: float32, bfloat16 or float16; weights are cast from
+    whatever they are stored in. Beside the model only one of its tensors is in memory at a time.
+
+    Raises ModelError for whatever cannot be found, read or honoured.
+    """
+    checkpoint = open_checkpoint(source, revision)
+    on, as_ = resolve_device(device), resolve_dtype(dtype)
+    return Model(checkpoint.spec, read_weights(checkpoint, on, as_), on, as_, checkpoint)

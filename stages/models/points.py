@@ -1,0 +1,235 @@
+"""The places in a forward pass that can be read and changed: their names, their order, their dimensions.
+
+Names are TransformerLens' strings with TransformerLens' meanings. Two families of foreign spellings are decided here:
+
+* The names that TransformerLens' bridge gives to the same tensors (`blocks.3.hook_out`, `unembed.hook_out`) parse as
+  aliases, for their meaning is equal.
+* candle-mi's `attn.hook_scores` is taken before soft-cap and mask, so it is not `attn.hook_attn_scores`, which is taken
+  after both; it is refused with that explanation. (Its `mlp.hook_pre` and `mlp.hook_post` are d_model wide and share
+  their spelling with other tensors; here they mean what they mean in TransformerLens.)
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import total_ordering
+from types import MappingProxyType
+
+from .errors import HookError, nearest
+
+_TOKENS = ("sequence", "position")
+_STREAM = (*_TOKENS, "d_model")
+_QUERIES = (*_TOKENS, "head", "d_head")
+_KEYS = (*_TOKENS, "kv_head", "d_head")
+_EDGES = ("sequence", "head", "query", "key")
+_HIDDEN = (*_TOKENS, "d_mlp")
+
+# Rows stand in the order of firing; the dimensions are those of a capture of one forward.
+_BEFORE: dict[str, tuple[str, ...]] = {"hook_embed": _STREAM, "hook_pos_embed": _STREAM}
+_BLOCK: dict[str, tuple[str, ...]] = {
+    "hook_resid_pre": _STREAM,
+    "ln1.hook_scale": _TOKENS,
+    "ln1.hook_normalized": _STREAM,
+    "attn.hook_in": _STREAM,
+    "attn.hook_q": _QUERIES,
+    "attn.hook_k": _KEYS,
+    "attn.hook_v": _KEYS,
+    "attn.hook_rot_q": _QUERIES,
+    "attn.hook_rot_k": _KEYS,
+    "attn.hook_attn_scores": _EDGES,
+    "attn.hook_pattern": _EDGES,
+    "attn.hook_z": _QUERIES,
+    "attn.hook_result": (*_TOKENS, "head", "d_model"),
+    "attn.hook_out": _STREAM,
+    "hook_attn_out": _STREAM,
+    "hook_resid_mid": _STREAM,
+    "ln2.hook_scale": _TOKENS,
+    "ln2.hook_normalized": _STREAM,
+    "mlp.hook_in": _STREAM,
+    "mlp.hook_pre": _HIDDEN,
+    "mlp.hook_pre_linear": _HIDDEN,
+    "mlp.hook_post": _HIDDEN,
+    "mlp.hook_out": _STREAM,
+    "hook_mlp_out": _STREAM,
+    "hook_resid_post": _STREAM,
+}
+_AFTER: dict[str, tuple[str, ...]] = {
+    "ln_final.hook_scale": _TOKENS,
+    "ln_final.hook_normalized": _STREAM,
+    "hook_final_norm": _STREAM,
+    "hook_logits": (*_TOKENS, "vocab"),
+}
+
+BEFORE: tuple[str, ...] = tuple(_BEFORE)
+"""Kinds that fire once, before the first block."""
+BLOCK: tuple[str, ...] = tuple(_BLOCK)
+"""Kinds that fire in every block."""
+AFTER: tuple[str, ...] = tuple(_AFTER)
+"""Kinds that fire once, after the last block."""
+
+_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(_BEFORE | _BLOCK | _AFTER)
+_ORDER: Mapping[str, int] = MappingProxyType({kind: i for i, kind in enumerate(_DIMS)})
+
+_BLOCK_ALIASES = {"hook_in": "hook_resid_pre", "hook_out": "hook_resid_post"}
+_GLOBAL_ALIASES = {
+    "embed.hook_out": "hook_embed",
+    "pos_embed.hook_out": "hook_pos_embed",
+    "unembed.hook_out": "hook_logits",
+}
+_NOT_THE_SAME = {
+    "attn.hook_scores": "scores before soft-cap and mask are not kept; 'attn.hook_attn_scores' are those after both",
+}
+
+_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
+_MOST_ALTERNATIVES = 100_000
+
+
+def dims_of(kind: str) -> tuple[str, ...]:
+    """Give the dimension names of a capture at this kind of point in one forward, such as `("sequence", "position",
+    "d_model")`. A norm's scale has one value a token: TransformerLens' trailing axis of length one is not kept.
+
+    Raises HookError for a kind that is not in the vocabulary.
+    """
+    if kind not in _DIMS:
+        raise HookError(f"no kind of hook point is called {kind!r}.{nearest(kind, _DIMS)}")
+    return _DIMS[kind]
+
+
+@total_ordering
+@dataclass(frozen=True, slots=True)
+class HookPoint:
+    """One place in a model's forward: a kind (`"attn.hook_q"`) and the block it lies in (None for global points).
+
+    `str()` gives TransformerLens' name, `parse` reads it back; points sort in the order in which they fire. Raises
+    HookError for an unknown kind, and for a layer that is missing, negative or superfluous.
+    """
+
+    kind: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        dims_of(self.kind)
+        if self.kind in _BLOCK and (self.layer is None or self.layer < 0):
+            raise HookError(f"{self.kind!r} lies in a block: its layer must be a number from 0 on, not {self.layer}")
+        if self.kind not in _BLOCK and self.layer is not None:
+            raise HookError(f"{self.kind!r} lies outside the blocks and takes no layer, but {self.layer} was given")
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"blocks.{self.layer}.{self.kind}"
+
+    def __lt__(self, other: "HookPoint") -> bool:
+        return self._rank < other._rank
+
+    @property
+    def _rank(self) -> tuple[float, int]:
+        if self.layer is not None:
+            return (self.layer, _ORDER[self.kind])
+        return (-1.0 if self.kind in _BEFORE else float("inf"), _ORDER[self.kind])
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Dimension names of a capture here, in one forward."""
+        return _DIMS[self.kind]
+
+    @classmethod
+    def parse(cls, text: str) -> "HookPoint":
+        """Read a name such as `blocks.3.attn.hook_z`, `hook_embed` or one of the aliases that mean the same.
+
+        Raises HookError with the nearest known name; whether a given model has the point is asked by `expand`.
+        """
+        if found := _BLOCK_NAME.fullmatch(text):
+            layer, kind = int(found[1]), _BLOCK_ALIASES.get(found[2], found[2])
+            if kind in _BLOCK:
+                return cls(kind, layer)
+            why = _NOT_THE_SAME.get(kind)
+            hint = f" Note that {why}." if why else nearest(text, (f"blocks.{layer}.{known}" for known in _BLOCK))
+            raise HookError(f"no hook point is called {text!r}.{hint}")
+        kind = _GLOBAL_ALIASES.get(text, text)
+        if kind in _DIMS and kind not in _BLOCK:
+            return cls(kind)
+        if kind in _BLOCK:
+            raise HookError(f"{text!r} lies in a block and needs its layer: 'blocks.0.{kind}', or 'blocks.*.{kind}'")
+        examples = (*_BEFORE, *_AFTER, *(f"blocks.0.{known}" for known in _BLOCK))
+        raise HookError(f"no hook point is called {text!r}.{nearest(text, examples)}")
+
+
+def expand(patterns: Iterable[str | HookPoint], available: Sequence[HookPoint]) -> tuple[HookPoint, ...]:
+    """Give the points of `available` that the patterns name, in firing order, each once.
+
+    A pattern is a HookPoint, a name, or a name with `{a,b}` (either), `[3-5]` or `[0,4,8-11]` (whole numbers, ends
+    included) and `*` (any run of characters, dots included). Braces and brackets enumerate: every alternative they
+    stand for must name a point, so that `blocks.[28-31]…` on a model of 30 layers is an error and not two layers.
+
+    Raises HookError for any alternative that matches nothing, naming the legal layers, the points the model has, or
+    the nearest name.
+    """
+    names = {str(point): point for point in available}
+    chosen: set[HookPoint] = set()
+    for pattern in patterns:
+        for text in [str(pattern)] if isinstance(pattern, HookPoint) else _alternatives(pattern):
+            chosen.update(_matches(text, names))
+    return tuple(sorted(chosen))
+
+
+def _matches(text: str, names: Mapping[str, HookPoint]) -> list[HookPoint]:
+    if "*" not in text:
+        point = names.get(text) or names.get(str(HookPoint.parse(text)))
+        if point is None:
+            raise _absent(HookPoint.parse(text), names)
+        return [point]
+    shape = re.compile(".*".join(re.escape(piece) for piece in text.split("*")))
+    if found := [point for name, point in names.items() if shape.fullmatch(name)]:
+        return found
+    if layer := re.match(r"blocks\.(\d+)\.", text):
+        _check_layer(text, int(layer[1]), names)
+    hint = nearest(text.replace("*", "0", 1), names).replace("blocks.0.", "blocks.*.")
+    raise HookError(f"{text!r} matches no hook point of this model, which has {_listing(names)}.{hint}")
+
+
+def _absent(point: HookPoint, names: Mapping[str, HookPoint]) -> HookError:
+    if point.layer is not None:
+        _check_layer(str(point), point.layer, names)
+    hint = nearest(str(point), names)
+    return HookError(f"this model has no hook point {str(point)!r}; it has {_listing(names)}.{hint}")
+
+
+def _check_layer(text: str, layer: int, names: Mapping[str, HookPoint]) -> None:
+    layers = {point.layer for point in names.values() if point.layer is not None}
+    if layer not in layers:
+        legal = f"0 to {max(layers)}" if layers else "none"
+        raise HookError(f"{text!r} names layer {layer}, but the layers of this model are {legal}")
+
+
+def _listing(names: Mapping[str, HookPoint]) -> str:
+    kinds = dict.fromkeys(p.kind if p.layer is None else f"blocks.*.{p.kind}" for p in sorted(names.values()))
+    return ", ".join(kinds)
+
+
+def _alternatives(pattern: str) -> list[str]:
+    pieces = re.split(r"(\{[^{}]*\}|\[[^\[\]]*\])", pattern)
+    if any(mark in piece for piece in pieces[::2] for mark in "{}[]"):
+        raise HookError(f"{pattern!r} has a brace or bracket without its partner, or one inside another")
+    choices = [[piece] if i % 2 == 0 else _choices(piece, pattern) for i, piece in enumerate(pieces)]
+    count = 1
+    for choice in choices:
+        count *= len(choice)
+    if count > _MOST_ALTERNATIVES:
+        raise HookError(f"{pattern!r} stands for {count:,} names, more than the {_MOST_ALTERNATIVES:,} that are tried")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _choices(piece: str, pattern: str) -> list[str]:
+    parts = [part.strip() for part in piece[1:-1].split(",")]
+    if piece[0] == "{":
+        return parts
+    numbers: list[str] = []
+    for part in parts:
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        if ends is None:
+            raise HookError(f"{piece!r} in {pattern!r} is no list of whole numbers such as [3-5] or [0,4,8-11]")
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise HookError(f"{piece!r} in {pattern!r} counts down: write the smaller number first")
+        numbers += map(str, range(first, last + 1))
+    return numbers

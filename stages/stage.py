@@ -1,0 +1,66 @@
+"""The contract of a step: plain data that says what it will write and how one unit of it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..stores.grid import Unit
+from ..stores.schema import Schema
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Apply = Callable[["xr.Dataset", Unit], Iterator["xr.DataTree"]]
+"""One labelled block in, its labelled pieces out, in order and each as soon as it is computed: `apply(block, unit)`.
+
+Pure: equal blocks give equal pieces. A piece holds rows of `unit` only, and says which by an integer coordinate along `token`
+(or `sequence`); node names and variables are the schema's. A run may stop between two pieces."""
+
+
+class Stage(ABC):
+    """A step as plain data. Subclasses are frozen dataclasses of JSON values, which are part of the step's fingerprint.
+
+    `verb` is the recipe's table, `store` the folder of what it makes, `source` the verb of the step it reads (None: the corpus).
+    `version` is raised whenever the values of the output may change.
+    """
+
+    verb: ClassVar[str]
+    store: ClassVar[str]
+    source: ClassVar[str | None]
+    version: ClassVar[int]
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuses whatever can be refused without the source. Reads small headers at most."""
+
+    @abstractmethod
+    def schema(self, source: Schema) -> Schema:
+        """What will be written, from what will be read. Refuses what the source does not allow."""
+
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """The files beyond the recipe whose bytes determine the values, weights above all."""
+
+    def identity(self) -> dict[str, Any]:
+        """What else determines the values and is neither in the recipe nor a file of its own."""
+        return {}
+
+    @abstractmethod
+    def span(self, unit: Unit, source: Schema, own: Schema) -> slice:
+        """The rows of the source that a unit is computed from, along the source's long axis."""
+
+    @abstractmethod
+    def load(self, device: str, own: Schema) -> Apply:
+        """Makes ready to compute; may take minutes and gigabytes. Called once a process."""
+
+    def numerics(self, device: str) -> dict[str, str]:
+        """What else can change a bit of the output: libraries, kind of device. Part of the fingerprint."""
+        return {}
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields as JSON values: the recipe's table, complete."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,203 @@
+"""What a store will hold, complete before its first byte: arrays, shards, labels, versions.
+
+A `Schema` is geometry and meaning. From it follow the Zarr metadata, the objects that a unit of work owns, and every check of
+what a stage hands over. It is written into the store's own attributes as JSON, so that a store explains itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import format_of
+from .errors import CorruptStore, SchemaError, StoreNotFound, nearest
+from .grid import Grid, Unit
+from .ledger import read_json
+
+FORMAT = 1
+"""Version of the layout on disk. Raised when older readers would misread a store."""
+
+CHUNK_BYTES = 2**20
+SHARD_BYTES = 2**26
+COMPRESSIONS = ("none", "zstd")
+LABELS = ("sequences/start", "sequences/document", "documents/start", "documents/id")
+"""Label arrays that every store carries, so that each can be read alone: where sequences and documents start on `token`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Array:
+    """One array of a store. `chunks` is the least that is read, `shards` the object on disk; both run along `dims`."""
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk before compression."""
+        return int(np.prod(self.shape, dtype=object)) * format_of(self.dtype).itemsize
+
+    def objects(self, rows: Mapping[str, slice]) -> Iterator[tuple[int, ...]]:
+        """Indexes of the objects that hold `rows`; whole along the dimensions that `rows` does not name."""
+        spans = []
+        for dim, size, shard in zip(self.dims, self.shape, self.shards, strict=True):
+            part = rows.get(dim, slice(0, size))
+            spans.append(range(part.start // shard, -(-part.stop // shard)))
+        return itertools.product(*spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """A store before its data. `arrays` and `labels` are keyed by path in the store, as in 'hook_resid_post/value'.
+
+    Every array lies along `token` or along `sequence`. A unit of `unit_tokens` tokens is exactly one shard along `token`; what
+    lies along `sequence` belongs to the unit in which the sequence starts.
+    """
+
+    kind: str
+    n_token: int
+    unit_tokens: int
+    arrays: Mapping[str, Array]
+    labels: Mapping[str, tuple[tuple[str, ...], NDArray[Any]]] = field(default_factory=dict)
+    compression: str = "none"
+    format: int = FORMAT
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.n_token, self.unit_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays on disk before compression, labels left out."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def rows(self, unit: Unit) -> dict[str, slice]:
+        """The part of each long axis that a unit owns: its tokens, and the sequences that start among them."""
+        first, last = np.searchsorted(self.labels["sequences/start"][1], [unit.start, unit.stop])
+        return {"token": slice(unit.start, unit.stop), "sequence": slice(int(first), int(last))}
+
+    def to_json(self) -> dict[str, Any]:
+        """The geometry as JSON values; label values are arrays of the store and not repeated here."""
+        arrays = {
+            path: {"dims": list(a.dims), "shape": list(a.shape), "dtype": a.dtype, "chunks": list(a.chunks), "shards": list(a.shards)}
+            for path, a in self.arrays.items()
+        }
+        return {
+            "kind": self.kind,
+            "format": self.format,
+            "n_token": self.n_token,
+            "unit_tokens": self.unit_tokens,
+            "compression": self.compression,
+            "arrays": arrays,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Schema:
+        """The schema that `to_json` wrote, without labels."""
+        arrays = {
+            path: Array(
+                dims=tuple(a["dims"]), shape=tuple(a["shape"]), dtype=a["dtype"], chunks=tuple(a["chunks"]), shards=tuple(a["shards"])
+            )
+            for path, a in value["arrays"].items()
+        }
+        return cls(
+            kind=value["kind"],
+            n_token=value["n_token"],
+            unit_tokens=value["unit_tokens"],
+            arrays=arrays,
+            compression=value["compression"],
+            format=value["format"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a store says about itself, read from one small JSON file."""
+
+    schema: Schema
+    fingerprint: str
+    provenance: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": self.schema.to_json(), "fingerprint": self.fingerprint, "provenance": dict(self.provenance)}
+
+
+def read_header(data: Path) -> Header:
+    """The header of the store at `data` (a `data.zarr` folder). Opens no array and imports no Zarr.
+
+    StoreNotFound if there is none; CorruptStore if it is not forebay's; SchemaError if a newer forebay wrote it.
+    """
+    path = data / "zarr.json"
+    if not path.is_file():
+        raise StoreNotFound(f"{data} holds no store: {path.name} is missing. Give the folder of a run, or of one of its steps")
+    said = read_json(path).get("attributes", {}).get("forebay")
+    if not isinstance(said, dict):
+        raise CorruptStore(f"{path} is Zarr, but not a store of forebay: its attributes have no 'forebay' entry")
+    written = said.get("schema", {}).get("format")
+    if written != FORMAT:
+        raise SchemaError(f"{data} has format {written}; this forebay reads format {FORMAT}. Update forebay, or capture again")
+    try:
+        return Header(Schema.from_json(said["schema"]), said["fingerprint"], said["provenance"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptStore(f"{path}: the 'forebay' entry of its attributes is damaged ({error!r})") from error
+
+
+def unit_tokens_for(row_bytes: int, context: int) -> int:
+    """Tokens in a unit whose largest shard stays within 64 MiB: `context` times a power of two, at least one context."""
+    unit = context
+    while 2 * unit * row_bytes <= SHARD_BYTES:
+        unit *= 2
+    return unit
+
+
+def along_token(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, unit_tokens: int) -> Array:
+    """An array with a `token` axis: one shard a unit and, where there is a `layer` axis, a layer; chunks of about 1 MiB."""
+    whole = {"token": sizes["token"], "layer": sizes.get("layer", 1)}
+    row_bytes = format_of(dtype).itemsize * int(np.prod([sizes[dim] for dim in dims if dim not in whole]))
+    rows = _divisor(unit_tokens, max(1, CHUNK_BYTES // row_bytes))
+    return Array(
+        dims=tuple(dims),
+        shape=tuple(sizes[dim] for dim in dims),
+        dtype=dtype,
+        chunks=tuple({"token": rows, "layer": 1}.get(dim, sizes[dim]) for dim in dims),
+        shards=tuple({"token": unit_tokens, "layer": 1}.get(dim, sizes[dim]) for dim in dims),
+    )
+
+
+def along_sequence(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, per_unit: int) -> Array:
+    """An array with a `sequence` axis: chunks of one sequence, shards of one layer and as many of a unit's sequences as make 64 MiB."""
+    row_bytes = format_of(dtype).itemsize * int(np.prod([sizes[dim] for dim in dims if dim not in ("sequence", "layer")]))
+    shard = _divisor(per_unit, max(1, SHARD_BYTES // row_bytes))
+    return Array(
+        dims=tuple(dims),
+        shape=tuple(sizes[dim] for dim in dims),
+        dtype=dtype,
+        chunks=tuple({"sequence": 1, "layer": 1}.get(dim, sizes[dim]) for dim in dims),
+        shards=tuple({"sequence": shard, "layer": 1}.get(dim, sizes[dim]) for dim in dims),
+    )
+
+
+def check_block(schema: Schema, path: str, dims: Sequence[str], dtype: np.dtype[Any]) -> Array:
+    """The array that a block's variable belongs to. SchemaError if the name, dimensions or stored dtype are not the schema's."""
+    if path not in schema.arrays:
+        raise SchemaError(f"{path!r} is not in the schema of {schema.kind}.{nearest(path, schema.arrays)} It has: {', '.join(schema.arrays)}")
+    array = schema.arrays[path]
+    if tuple(dims) != array.dims:
+        raise SchemaError(f"{path} has dimensions {tuple(dims)}; the schema of {schema.kind} says {array.dims}")
+    kept = np.dtype(format_of(array.dtype).kept)
+    if dtype != kept:
+        raise SchemaError(f"{path} came as {dtype}; {array.dtype} is kept as {kept}")
+    return array
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of `size` that is at most `most`."""
+    return max(d for d in range(1, min(size, most) + 1) if size % d == 0)

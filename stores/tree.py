@@ -1,0 +1,180 @@
+"""Stores as labelled, lazy xarray: `open_store` for one step, `open_run` for a whole run. Opening computes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from .dtypes import format_of
+from .errors import CorruptStore, IncompleteStore, StoreNotFound
+from .grid import Grid
+from .labels import token_coords
+from .ledger import read_json
+from .schema import Array
+from .store import DATA, Store
+
+MOST_CHUNKS = 10_000
+"""Dask spends about half a millisecond a chunk: larger arrays are opened in chunks of several shards."""
+
+Chunks = Literal["auto"] | None
+
+
+class KeptArray(BackendArray):
+    """One array of a store, read and decoded only where it is indexed."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        array = store.schema.arrays[path]
+        self.store, self.path = store, path
+        self.format = format_of(array.dtype)
+        self.shape, self.dtype = array.shape, np.dtype(self.format.read)
+        self._zarr: Any = None
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        if self._zarr is None:
+            self._zarr = self.store.array(self.path)
+        try:
+            return self.format.decode(np.asarray(self._zarr.oindex[key]))
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CorruptStore(
+                f"{self.store.path / self.path} cannot be read at {key}: {error}. `forebay verify` names the damaged objects, "
+                "`forebay repair` drops their units, and running the recipe again computes them anew"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zarr": None}
+
+    def __dask_tokenize__(self) -> tuple[str, ...]:
+        return ("forebay", str(self.store.path), self.path, self.store.fingerprint)
+
+
+class DoneMask(BackendArray):
+    """True at the tokens whose unit is recorded. Holds one number a finished unit, whatever the number of tokens."""
+
+    def __init__(self, grid: Grid, done: set[int]) -> None:
+        self.grid, self.done = grid, np.array(sorted(done), dtype=np.int64)
+        self.shape, self.dtype = (grid.size,), np.dtype(bool)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> NDArray[np.bool_]:
+        (part,) = key
+        tokens = np.arange(self.grid.size)[part] if not isinstance(part, slice) else np.arange(*part.indices(self.grid.size))
+        return np.isin(tokens // self.grid.step, self.done)
+
+
+def open_store(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chunks = "auto") -> xr.DataTree:
+    """One step's store as a lazy DataTree, labelled with `sequence`, `position`, `document` on `token` and `layer`.
+
+    `chunks="auto"` gives dask arrays in chunks of whole shards; None gives xarray's own lazy indexing, which is quicker for small
+    looks. bfloat16 reads as float32, exactly. Nothing is computed. IncompleteStore unless every unit is recorded or `partial` is
+    set, which adds the boolean coordinate `done` on `token`. StoreNotFound, CorruptStore, SchemaError for what is no store.
+    """
+    store = Store.open(path)
+    return xr.DataTree.from_dict(_nodes(store, partial, chunks), name=store.name)
+
+
+def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chunks = "auto") -> xr.DataTree:
+    """A whole run as one lazy DataTree: `tokens`, `sequences`, `documents`, and a node a hook kind under `activations`.
+
+    Every node with a `token` axis carries `token_id`, `sequence`, `position` and `document`, so that selections read
+    `run["activations/hook_resid_post"].sel(layer=12, document=7)`. The run's recipe is in `attrs`. Arguments and errors as in
+    `open_store`.
+    """
+    folder = Path(path)
+    stores = list(run_stores(folder))
+    if not stores:
+        raise StoreNotFound(f"{folder} is no run: it holds no folder with a {DATA}. Give the folder that `forebay run` wrote")
+    nodes: dict[str, xr.Dataset] = {}
+    tokens = next((store for store in stores if store.schema.kind == "tokens"), None)
+    for store in stores:
+        for name, dataset in _nodes(store, partial, chunks).items():
+            if name in ("/sequences", "/documents"):
+                nodes.setdefault(name, dataset)
+            elif name == "/":
+                nodes[f"/{store.name}"] = dataset
+            else:
+                if tokens is not None and "token" in dataset.sizes:
+                    dataset = dataset.assign_coords(_kept_variables(tokens, "token_id", None))
+                nodes[f"/{store.name}{name}"] = dataset
+    recipe = folder / "recipe.json"
+    nodes["/"] = xr.Dataset(attrs=read_json(recipe) if recipe.exists() else {})
+    return xr.DataTree.from_dict(nodes, name=folder.resolve().name)
+
+
+def run_stores(folder: Path) -> Iterator[Store]:
+    """The stores of a run, those that others read first."""
+    found = [Store.open(path.parent) for path in sorted(folder.glob(f"*/{DATA}"))]
+    return iter(sorted(found, key=lambda store: store.schema.kind != "tokens"))
+
+
+def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]:
+    done, n_unit = store.ledger.done(), len(store.schema.grid)
+    if len(done) < n_unit and not partial:
+        raise IncompleteStore(
+            f"{store.path.parent} is incomplete: {len(done)} of {n_unit} units are recorded. Run its recipe again to finish it, or open it "
+            "with partial=True, which adds the coordinate `done` on `token`"
+        )
+    labels = store.labels
+    token = token_coords(store.schema.n_token, labels["sequences/start"][1], labels["documents/start"][1])
+    mask = xr.Variable(("token",), indexing.LazilyIndexedArray(DoneMask(store.schema.grid, done)))
+    nodes: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs={"fingerprint": store.fingerprint, **store.header.provenance})}
+    for group in dict.fromkeys(path.rpartition("/")[0] for path in store.schema.arrays):
+        paths = [path for path in store.schema.arrays if path.rpartition("/")[0] == group]
+        dataset = xr.Dataset({k: v for path in paths for k, v in _kept_variables(store, path, chunks).items()})
+        if "token" in dataset.sizes:
+            dataset = dataset.assign_coords(token)
+            dataset = dataset.assign_coords(done=mask) if partial else dataset
+        else:
+            n_sequence = dataset.sizes["sequence"]
+            dataset = dataset.assign_coords(sequence=np.arange(n_sequence), document=labels["sequences/document"])
+        if f"{group}/layer" in labels:
+            dataset = dataset.assign_coords(layer=labels[f"{group}/layer"])
+        nodes[f"/{group}"] = dataset.assign_attrs(nodes["/"].attrs)
+    return nodes | _label_nodes(labels, store.schema.n_token)
+
+
+def _label_nodes(labels: Mapping[str, Any], n_token: int) -> dict[str, xr.Dataset]:
+    nodes = {}
+    for group, dim in (("sequences", "sequence"), ("documents", "document")):
+        columns = {path.split("/")[1]: variable for path, variable in labels.items() if path.startswith(f"{group}/")}
+        start = columns["start"][1]
+        columns["n_token"] = ((dim,), np.diff(start, append=n_token))
+        nodes[f"/{group}"] = xr.Dataset(columns, coords={dim: np.arange(len(start))}) if dim not in columns else xr.Dataset(columns)
+    return nodes
+
+
+def _kept_variables(store: Store, path: str, chunks: Chunks) -> dict[str, xr.Variable]:
+    array = store.schema.arrays[path]
+    variable = xr.Variable(array.dims, indexing.LazilyIndexedArray(KeptArray(store, path)), attrs={"dtype": array.dtype})
+    if chunks == "auto":
+        variable = variable.chunk(_dask_chunks(array))
+    return {path.rpartition("/")[2]: variable}
+
+
+def _dask_chunks(array: Array) -> dict[str, int]:
+    """Whole shards, several together along the long axis where there would be too many of them."""
+    counts = [-(-size // shard) for size, shard in zip(array.shape, array.shards, strict=True)]
+    long = array.dims.index("token" if "token" in array.dims else "sequence")
+    others = int(np.prod([count for i, count in enumerate(counts) if i != long]))
+    together = -(-counts[long] * others // MOST_CHUNKS)
+    return {dim: shard * (together if i == long else 1) for i, (dim, shard) in enumerate(zip(array.dims, array.shards, strict=True))}
+
+
+def read_rows(store: Store, span: slice) -> xr.Dataset:
+    """Tokens [start, stop) of a store's root arrays, in memory, with the token's number as the coordinate."""
+    import pandas as pd
+
+    columns = {path: (array.dims, np.asarray(store.array(path)[span])) for path, array in store.schema.arrays.items() if "/" not in path}
+    return xr.Dataset(columns, coords={"token": pd.RangeIndex(span.start, span.stop)})

@@ -1,0 +1,150 @@
+"""One unit of work on its way to disk: pieces are gathered, then written as whole shards, then recorded."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import format_of
+from .errors import DiskFull, SchemaError
+from .fingerprint import versions, whereabouts
+from .grid import Unit
+from .ledger import Record, sync_folder
+from .schema import check_block
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from .store import Store
+
+MERGE = {"sum": np.add, "max": np.maximum}
+"""How statistics of pieces combine: by the last word of their name, as in `square_sum`, `abs_max`."""
+
+
+class UnitWriter:
+    """Gathers the pieces of one unit in memory and writes them as whole shards.
+
+    Holds one buffer an array, as large as the unit's rows. Nothing is on disk before `finish`; on any error no record exists.
+    """
+
+    def __init__(self, store: Store, unit: Unit) -> None:
+        self.store, self.unit = store, unit
+        self.rows = store.schema_with_labels.rows(unit)
+        self._buffers: dict[str, NDArray[Any]] = {}
+        self._filled: dict[str, NDArray[np.bool_]] = {}
+        self._statistics: dict[str, dict[str, NDArray[Any]]] = {}
+
+    def put(self, piece: xr.DataTree) -> None:
+        """Takes a labelled piece: nodes are groups, variables lie along `token` or `sequence` with an integer coordinate that says which.
+
+        Statistics travel in a node's attribute `statistics`: name → one number a layer. SchemaError if a piece does not fit.
+        """
+        for node in piece.subtree:
+            for name, variable in node.data_vars.items():
+                self._put_array(f"{node.path}/{name}".strip("/"), variable)
+            for name, values in node.attrs.get("statistics", {}).items():
+                known = self._statistics.setdefault(node.path.strip("/"), {})
+                merge = MERGE[name.rsplit("_", 1)[-1]]
+                known[name] = merge(known[name], values) if name in known else np.asarray(values)
+
+    def _put_array(self, path: str, variable: xr.DataArray) -> None:
+        dims = tuple(str(dim) for dim in variable.dims)
+        array = check_block(self.store.schema, path, dims, variable.dtype)
+        long = "token" if "token" in dims else "sequence"
+        axis, own = dims.index(long), self.rows[long]
+        if path not in self._buffers:
+            shape = tuple(own.stop - own.start if dim == long else size for dim, size in zip(dims, array.shape, strict=True))
+            self._buffers[path] = np.empty(shape, dtype=variable.dtype)
+            self._filled[path] = np.zeros(own.stop - own.start, dtype=bool)
+        buffer = self._buffers[path]
+        labels = variable.indexes[long]
+        start, stop = int(labels[0]) - own.start, int(labels[-1]) + 1 - own.start
+        where = (*(slice(None),) * axis, slice(start, stop))
+        if start < 0 or stop > len(self._filled[path]) or stop - start != len(labels) or buffer[where].shape != variable.shape:
+            raise SchemaError(
+                f"{path}: a piece of shape {variable.shape} at {long} {labels[0]}…{labels[-1]} does not fit unit {self.unit.index}, "
+                f"which owns {long} {own.start}…{own.stop - 1} of an array of shape {array.shape}"
+            )
+        if self._filled[path][start:stop].any():
+            raise SchemaError(f"{path}: {long} {labels[0]}…{labels[-1]} came twice in unit {self.unit.index}")
+        buffer[where] = variable.values
+        self._filled[path][start:stop] = True
+
+    def finish(self, timing: Mapping[str, float]) -> Record:
+        """Writes every object of the unit, makes them durable, and puts the unit's record, which it gives back.
+
+        SchemaError if rows are missing; DiskFull names what did not fit.
+        """
+        self._check_complete()
+        started = time.perf_counter()
+        data = self.store.path
+        objects: dict[str, dict[str, Any]] = {}
+        try:
+            for path, array in self.store.schema.arrays.items():
+                keys = [self.store.object_key(path, index) for index in array.objects(self.rows)]
+                for key in keys:
+                    (data / key).unlink(missing_ok=True)
+                if path in self._buffers:
+                    self.store.write_rows(path, self.rows, self._buffers[path])
+                objects |= {key: _make_durable(data / key) for key in keys}
+            for folder in {(data / key).parent for key in objects}:
+                sync_folder(folder)
+            record = self._record(objects, {**timing, "write": time.perf_counter() - started})
+            self.store.ledger.complete(self.unit.index, record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._disk_full(error) from error
+        return record
+
+    def _check_complete(self) -> None:
+        for path, array in self.store.schema.arrays.items():
+            long = "token" if "token" in array.dims else "sequence"
+            own = self.rows[long]
+            filled = self._filled.get(path, np.zeros(own.stop - own.start, dtype=bool))
+            if not filled.all():
+                first = own.start + int(np.argmin(filled))
+                raise SchemaError(f"{path}: unit {self.unit.index} lacks {int((~filled).sum())} rows, the first is {long} {first}")
+
+    def _record(self, objects: dict[str, dict[str, Any]], timing: Mapping[str, float]) -> Record:
+        statistics = {group: {name: v.tolist() for name, v in values.items()} for group, values in self._statistics.items()}
+        return {
+            "unit": self.unit.index,
+            "fingerprint": self.store.fingerprint,
+            "rows": {dim: [part.start, part.stop] for dim, part in self.rows.items()},
+            "objects": objects,
+            "bytes": sum(entry["bytes"] for entry in objects.values()),
+            "statistics": statistics,
+            "seconds": {name: round(value, 6) for name, value in timing.items()},
+            "finished": time.time(),
+            "versions": versions(),
+            **whereabouts(),
+        }
+
+    def _disk_full(self, error: OSError) -> DiskFull:
+        stat = os.statvfs(self.store.path)
+        need = sum(buffer.nbytes for buffer in self._buffers.values())
+        return DiskFull(
+            f"no space for unit {self.unit.index} of {self.store.path}: it takes {need:,} bytes, {stat.f_bavail * stat.f_frsize:,} are free "
+            f"({error.strerror}). {len(self.store.ledger.done())} units are recorded and safe. Free some space and run again"
+        )
+
+
+def encode_values(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Values in the form in which `dtype` is kept, ready for a piece."""
+    return format_of(dtype).encode(values)
+
+
+def _make_durable(path: Path) -> dict[str, Any]:
+    """Flushes an object to the disk and gives its size and sha256, as read back."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
