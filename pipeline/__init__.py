@@ -1,1 +1,3 @@
-"""Who asks and when it runs: recipe, plan, run, command line. Nothing is imported here; torch is never imported at import."""
+"""Who asks and when it runs: recipe, plan, run, command line. Nothing is imported here; torch is never imported at
+import.
+"""

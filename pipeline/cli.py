@@ -12,14 +12,24 @@ import click
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
-TO = click.option("--to", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME of the recipe]")
-DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto for the best there is.")
+TO = click.option(
+    "--to", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME of the recipe]"
+)
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto for the best there is."
+)
 
 
 class Refusal(click.ClickException):
     """Something the user can mend: one message, no traceback."""
 
     exit_code = 2
+
+
+class Broken(Refusal):
+    """Something that went wrong on disk."""
+
+    exit_code = 1
 
 
 P = ParamSpec("P")
@@ -37,9 +47,7 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (DiskFull, CorruptStore) as error:
-            refusal = Refusal(str(error))
-            refusal.exit_code = 1
-            raise refusal from error
+            raise Broken(str(error)) from error
         except (ForebayError, ModelError, HookError) as error:
             raise Refusal(str(error)) from error
 
@@ -90,7 +98,8 @@ def plan(recipe: Path, to: Path | None, device: str) -> None:
 def run(recipe: Path, to: Path | None, device: str) -> None:
     """Run RECIPE, or go on where an earlier run of it stopped.
 
-    Ctrl-C and SIGTERM stop cleanly. Exit codes: 0 complete, 75 stopped early (run again), 1 some units failed, 2 refused.
+    Ctrl-C and SIGTERM stop cleanly. Exit codes: 0 complete, 75 stopped early (run again), 1 some units failed, 2
+    refused.
     """
     from .progress import progress_for
     from .report.tables import console, outcome_text
@@ -123,15 +132,18 @@ def verify(run: Path) -> None:
     for store in run_stores(run):
         wrong = store.verify()
         done = len(store.ledger.done())
-        click.echo(f"{store.name}: {done - len(wrong)} of {done} recorded units are whole ({len(store.schema.grid)} in all)")
+        click.echo(
+            f"{store.name}: {done - len(wrong)} of {done} recorded units are whole ({len(store.schema.grid)} in all)"
+        )
         for unit, lines in wrong.items():
             damaged += 1
             for line in lines:
                 click.echo(f"  unit {unit}: {line}", err=True)
     if damaged:
-        refusal = Refusal(f"{damaged} units are damaged. `forebay repair {run}` drops their records; running the recipe again computes them anew")
-        refusal.exit_code = 1
-        raise refusal
+        raise Broken(
+            f"{damaged} units are damaged. `forebay repair {run}` drops their records; "
+            "running the recipe again computes them anew"
+        )
 
 
 @main.command()
@@ -145,7 +157,9 @@ def repair(run: Path) -> None:
         wrong = store.verify()
         for unit in wrong:
             store.ledger.drop(unit)
-        click.echo(f"{store.name}: dropped {len(wrong)} damaged units" + (f" ({', '.join(map(str, wrong))})" if wrong else ""))
+        click.echo(
+            f"{store.name}: dropped {len(wrong)} damaged units" + (f" ({', '.join(map(str, wrong))})" if wrong else "")
+        )
 
 
 @main.command()
@@ -169,16 +183,23 @@ def hooks(model: str, patterns: tuple[str, ...], revision: str | None) -> None:
 @RUN
 @click.option("--document", type=int, help="Only this document, by its number.")
 @click.option("--sequence", type=int, help="Only this sequence.  [default: the first]")
-@click.option("--positions", default="0:16", show_default=True, help="FIRST:LAST positions of each sequence, both included.")
+@click.option(
+    "--positions", default="0:16", show_default=True, help="FIRST:LAST positions of each sequence, both included."
+)
 @click.option("--layers", help="Layers, as in 0,10-12.  [default: all captured]")
 @click.option("--hook", default="hook_resid_post", show_default=True, help="Kind of residual-stream hook point.")
 @click.option("--partial", is_flag=True, help="Look at a run that is not complete.")
 @refuse
-def lens(run: Path, document: int | None, sequence: int | None, positions: str, layers: str | None, hook: str, partial: bool) -> None:
-    """Logit lens over RUN's stored residual stream: each layer's top token, its probability, and the true next token's rank."""
+def lens(
+    run: Path, document: int | None, sequence: int | None, positions: str, layers: str | None, hook: str, partial: bool
+) -> None:
+    """Logit lens over RUN's stored residual stream: each layer's top token, its probability, and the true next token's
+    rank.
+    """
     from .report.lens import lens_of_run
     from .report.tables import console, lens_table
 
-    found, decode = lens_of_run(run, document=document, sequence=sequence, positions=positions, layers=layers, hook=hook, partial=partial)
+    found, decode = lens_of_run(
+        run, document=document, sequence=sequence, positions=positions, layers=layers, hook=hook, partial=partial
+    )
     console().print(lens_table(found, decode))
-

@@ -1,4 +1,6 @@
-"""Specs → schemas, fingerprints, units, bytes and time: everything that can be refused is refused here, before any work."""
+"""Specs → schemas, fingerprints, units, bytes and time: everything that can be refused is refused here, before any
+work.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a plan: a stage with its output fixed. `payload` is everything that determines the values, `fingerprint` its hash."""
+    """One step of a plan: a stage with its output fixed.
+
+    `payload` is everything that determines the values, `fingerprint` its hash.
+    """
 
     stage: Stage
     schema: Schema
@@ -104,7 +109,11 @@ class Plan:
 
     def save(self) -> None:
         """Writes recipe.json and tokenizer.json into the run's folder, unless they stand there."""
-        said = {"recipe": self.recipe.to_json(), "device": self.device, "fingerprints": {s.stage.store: s.fingerprint for s in self.steps}}
+        said = {
+            "recipe": self.recipe.to_json(),
+            "device": self.device,
+            "fingerprints": {s.stage.store: s.fingerprint for s in self.steps},
+        }
         path = self.folder / "recipe.json"
         if not path.exists() or {k: v for k, v in read_json(path).items() if k != "versions"} != said:
             write_atomic(path, canonical_json({**said, "versions": versions()}).encode())
@@ -118,7 +127,8 @@ class Plan:
         free = shutil.disk_usage(self.folder).free
         if left > free:
             raise DiskFull(
-                f"{self.folder} needs {left:,} more bytes (before compression), and {free:,} are free. Capture fewer layers, choose "
+                f"{self.folder} needs {left:,} more bytes (before compression), and {free:,} are free. Capture fewer "
+                "layers, choose "
                 'store_dtype = "bfloat16", or run into a larger disk with --to'
             )
 
@@ -127,10 +137,15 @@ class Plan:
         return next(stage for stage in self.recipe.stages if isinstance(stage, Tokenize))
 
 
-def make_plan(recipe: Recipe, folder: Path, device: str, progress: CountProgress = lambda documents, characters: None) -> Plan:
-    """Checks the whole chain and fixes geometry and fingerprints. Reads the corpus once, to count its tokens, and keeps the counts.
+def make_plan(
+    recipe: Recipe, folder: Path, device: str, progress: CountProgress = lambda documents, characters: None
+) -> Plan:
+    """Checks the whole chain and fixes geometry and fingerprints.
 
-    Raises every refusal there is: of the corpus, the model, the hook names, the geometry, a store made by another recipe.
+    Reads the corpus once, to count its tokens, and keeps the counts.
+
+    Raises every refusal there is: of the corpus, the model, the hook names, the geometry, a store made by another
+    recipe.
     """
     tokenize = next(stage for stage in recipe.stages if isinstance(stage, Tokenize))
     for stage in recipe.stages:
@@ -174,7 +189,9 @@ def _step(stage: Stage, source: Schema, upstream: str, folder: Path, device: str
 
 
 def plan(recipe: str | Path | Recipe, folder: str | Path | None = None, *, device: str = "auto") -> Plan:
-    """The plan of a recipe in `folder` (by default runs/<recipe's name>): every schema, fingerprint and refusal, and nothing computed."""
+    """The plan of a recipe in `folder` (by default runs/<recipe's name>): every schema, fingerprint and refusal, and
+    nothing computed.
+    """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     return make_plan(recipe, default_folder(recipe, folder), resolve_device(device))
 
@@ -183,7 +200,9 @@ def load_plan(folder: Path, device: str) -> Plan:
     """The plan of a run that is there, from its recipe.json. StoreNotFound if the folder is no run."""
     path = folder / "recipe.json"
     if not path.is_file():
-        raise StoreNotFound(f"{folder} is no run: it has no recipe.json. Start one with `forebay run RECIPE --to {folder}`")
+        raise StoreNotFound(
+            f"{folder} is no run: it has no recipe.json. Start one with `forebay run RECIPE --to {folder}`"
+        )
     return make_plan(Recipe.from_json(read_json(path)["recipe"]), folder, device)
 
 
@@ -193,9 +212,7 @@ def default_folder(recipe: Recipe, folder: str | Path | None) -> Path:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` as the best device there is: cuda, then mps, then cpu."""
-    if device != "auto":
-        return device
-    from ..stages.models.load import choose_device
+    """A device by name, `auto` as the best there is: cuda, then mps, then cpu. ModelError if it is not there."""
+    from ..stages.models import devices
 
-    return choose_device("auto")
+    return str(devices.resolve_device(device))

@@ -22,7 +22,9 @@ class Progress(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     @abstractmethod
@@ -93,7 +95,10 @@ class Lines(Progress):
             self._say(self._state())
 
     def recorded(self, unit: Unit, record: Record) -> None:
-        self._say(f"{self._state()}; unit {unit.index} recorded, {record['bytes']:,} bytes in {record['seconds']['write']:.1f} s")
+        self._say(
+            f"{self._state()}; unit {unit.index} recorded, {record['bytes']:,} bytes in "
+            f"{record['seconds']['write']:.1f} s"
+        )
 
     def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
         self._say(f"{self.step}: unit {unit.index} FAILED: {error} (traceback in {path})")
@@ -128,7 +133,9 @@ class Terminal(Progress):
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
 
     def counted(self, documents: int, characters: int) -> None:
@@ -152,7 +159,9 @@ class Terminal(Progress):
     def recorded(self, unit: Unit, record: Record) -> None: ...
 
     def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
-        self.bars.console.print(f"unit {unit.index} FAILED: {error} (traceback in {path})", highlight=False, markup=False)
+        self.bars.console.print(
+            f"unit {unit.index} FAILED: {error} (traceback in {path})", highlight=False, markup=False
+        )
 
 
 def progress_for(console: Console) -> Progress:

@@ -36,7 +36,12 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe complete, defaults filled in, as JSON values. `from_json` gives back an equal recipe."""
         steps = {stage.verb: {k: v for k, v in stage.parameters().items() if k != "model"} for stage in self.stages}
-        value = {"name": self.name, "corpus": dataclasses.asdict(self.corpus), "model": dataclasses.asdict(self.model), **steps}
+        value = {
+            "name": self.name,
+            "corpus": dataclasses.asdict(self.corpus),
+            "model": dataclasses.asdict(self.model),
+            **steps,
+        }
         return json.loads(json.dumps(value))  # type: ignore[no-any-return]
 
     @classmethod
@@ -47,14 +52,19 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a TOML file. Paths in it are relative to its folder. RecipeError names file, table and key of what is wrong."""
+    """The recipe in a TOML file.
+
+    Paths in it are relative to its folder. RecipeError names file, table and key of what is wrong.
+    """
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe at {path}. docs/recipes.md shows how to write one") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder; a recipe is a TOML file. For a run's folder use `forebay status {path}`") from None
+        raise RecipeError(
+            f"{path} is a folder; a recipe is a TOML file. For a run's folder use `forebay status {path}`"
+        ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 at byte {error.start}; TOML files are") from error
     except tomllib.TOMLDecodeError as error:
@@ -63,14 +73,20 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> Recipe:
-    """Checked specs from a recipe's tables. Unknown tables and keys, missing ones and wrong types are refused by name."""
+    """Checked specs from a recipe's tables.
+
+    Unknown tables and keys, missing ones and wrong types are refused by name.
+    """
     _refuse_unknown(tables, TABLES, f"{file}: [{{}}] is not a table of a recipe")
     for table, content in tables.items():
         if not isinstance(content, Mapping):
             raise RecipeError(f"{file}: {table} is a table: write [{table}] and its keys below")
     for table in ("corpus", "model", "tokenize"):
         if table not in tables:
-            raise RecipeError(f"{file} has no table [{table}]. A recipe needs [corpus], [model] and [tokenize], and [capture] to keep activations")
+            raise RecipeError(
+                f"{file} has no table [{table}]. A recipe needs [corpus], [model] and [tokenize], and [capture] to "
+                "keep activations"
+            )
     corpus = _build(Corpus, {"root": str(folder), **tables["corpus"]}, "corpus", file, hidden=("root",))
     model = _build(ModelSource, _locate(tables["model"], folder), "model", file)
     stages = tuple(
@@ -82,7 +98,9 @@ def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> R
 
 
 def _locate(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A model's source that exists as a path beside the recipe is that path; anything else is a hub id or a package's file."""
+    """A model's source that exists as a path beside the recipe is that path; anything else is a hub id or a package's
+    file.
+    """
     source = table.get("source")
     if isinstance(source, str) and (folder / source).exists():
         return {**table, "source": str(folder / source)}
@@ -95,7 +113,10 @@ def _build(cls: type[Any], values: Mapping[str, Any], table: str, file: str, hid
     try:
         return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True)
     except ValidationError as error:
-        lines = [f"  {'.'.join(str(part) for part in found['loc']) or table}: {found['msg']}{_given(found)}" for found in error.errors()]
+        lines = [
+            f"  {'.'.join(str(part) for part in found['loc']) or table}: {found['msg']}{_given(found)}"
+            for found in error.errors()
+        ]
         raise RecipeError(f"{file}: [{table}] is not usable:\n" + "\n".join(lines)) from None
     except TypeError as error:
         raise RecipeError(f"{file}: [{table}] holds a value that a recipe cannot ({error})") from error

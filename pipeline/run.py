@@ -1,7 +1,8 @@
 """The loop: read → compute → write → record, each overlapped with the next, over the units that are not done.
 
-A unit is read while the one before it is computed, and written while the one after it is computed; within a unit, a batch's
-captures are gathered while the next batch computes. So memory holds two units' buffers, however many layers there are.
+A unit is read while the one before it is computed, and written while the one after it is computed; within a unit, a
+batch's captures are gathered while the next batch computes. So memory holds two units' buffers, however many layers
+there are.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ COMPLETE, FAILED, INTERRUPTED = 0, 1, 75
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepOutcome:
-    """What a run did for one step. `failed` maps a unit to the path of its record; `seconds` is wall time, loading left out."""
+    """What a run did for one step: tokens computed and bytes written by this run, wall `seconds` (loading left out).
+
+    `failed` maps a unit to the path of its record.
+    """
 
     name: str
     n_token: int
-    tokens: int
-    nbytes: int
-    seconds: float
-    loading: float
+    tokens: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
     failed: dict[int, Path] = field(default_factory=dict)
 
 
@@ -73,9 +76,9 @@ def run(
 ) -> Outcome:
     """Runs a recipe into `folder` (by default runs/<recipe's name>), or goes on with it, and says what was done.
 
-    Ctrl-C and SIGTERM stop between two batches: what is recorded stays, the unit in hand is computed again next time. A unit that
-    fails is recorded with its traceback and the others go on. Everything that can be refused is refused before the first unit:
-    RecipeError, CorpusError, SchemaError, ModelError, HookError, FingerprintMismatch, DiskFull.
+    Ctrl-C and SIGTERM stop between two batches: what is recorded stays, the unit in hand is computed again next time. A
+    unit that fails is recorded with its traceback and the others go on. Everything that can be refused is refused
+    before the first unit: RecipeError, CorpusError, SchemaError, ModelError, HookError, FingerprintMismatch, DiskFull.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     progress = progress or Quiet()
@@ -115,61 +118,73 @@ def _loaded(folder: Path, step: str, device: str) -> tuple[Plan, Step, Apply]:
 
 
 def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOutcome:
-    """All units of a step that are not done, in order, overlapped. Returns early when `stop` is set; raises only for a full disk."""
-    todo, failed, written = step.todo(), {}, [0, 0]
-    store, source = step.open(), plan.source(step)
-    progress.start(step.stage.store, step.schema.n_token, step.schema.n_token - sum(map(len, todo)))
+    """All units of a step that are not done, in order, overlapped.
+
+    Ends early when `stop` is set; raises for a full disk only.
+    """
+    todo, store, source = step.todo(), step.open(), plan.source(step)
+    outcome = StepOutcome(step.stage.store, step.schema.n_token)
+    progress.start(outcome.name, outcome.n_token, outcome.n_token - sum(map(len, todo)))
     if not todo:
-        return StepOutcome(step.stage.store, step.schema.n_token, 0, 0, 0.0, 0.0)
-    started = time.perf_counter()
+        return outcome
     apply = step.stage.load(plan.device, step.schema)
-    loaded = time.perf_counter()
-
-    def settle(unit: Unit, record: Future[Record]) -> None:
-        """Waits until a unit is recorded; a failure to write it is the unit's, a full disk is everyone's."""
-        try:
-            found = record.result()
-        except DiskFull:
-            raise
-        except Exception as error:
-            failed[unit.index] = store.ledger.fail(unit.index, error, {**whereabouts(), "versions": versions()})
-        else:
-            written[0] += len(unit)
-            written[1] += found["bytes"]
-            progress.recorded(unit, found)
-
+    started = time.perf_counter()
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as finisher:
         ahead = reader.submit(_read, step, source, todo[0])
         behind: tuple[Unit, Future[Record]] | None = None
         for unit, following in zip(todo, [*todo[1:], None], strict=True):
+            block = ahead
+            if following:
+                ahead = reader.submit(_read, step, source, following)
             begun = time.perf_counter()
             try:
-                block = ahead.result()
-                if following:
-                    ahead = reader.submit(_read, step, source, following)
-                writer = _compute(apply, block, unit, store, progress, stop)
+                writer = _compute(apply, block.result(), unit, store, progress, stop)
             except Exception as error:
-                failed[unit.index] = store.ledger.fail(unit.index, error, {**whereabouts(), "versions": versions()})
-                progress.failed(unit, error, failed[unit.index])
+                _fail(outcome, store, unit, error, progress)
                 continue
             if behind:
-                settle(*behind)
+                _settle(outcome, store, *behind, progress)
             behind = None
             if writer is None:
                 break
             behind = unit, finisher.submit(writer.finish, {"compute": time.perf_counter() - begun})
         if behind:
-            settle(*behind)
+            _settle(outcome, store, *behind, progress)
+    outcome.seconds = time.perf_counter() - started
     if not step.todo():
         store.sweep()
-    return StepOutcome(step.stage.store, step.schema.n_token, *written, time.perf_counter() - loaded, loaded - started, failed)
+    return outcome
+
+
+def _settle(outcome: StepOutcome, store: Store, unit: Unit, record: Future[Record], progress: Progress) -> None:
+    """Waits until a unit is recorded.
+
+    A failure to write it is the unit's own; a full disk is everyone's and ends the run.
+    """
+    try:
+        found = record.result()
+    except DiskFull:
+        raise
+    except Exception as error:
+        _fail(outcome, store, unit, error, progress)
+    else:
+        outcome.tokens += len(unit)
+        outcome.nbytes += found["bytes"]
+        progress.recorded(unit, found)
+
+
+def _fail(outcome: StepOutcome, store: Store, unit: Unit, error: Exception, progress: Progress) -> None:
+    outcome.failed[unit.index] = store.ledger.fail(unit.index, error, {**whereabouts(), "versions": versions()})
+    progress.failed(unit, error, outcome.failed[unit.index])
 
 
 def _read(step: Step, source: Source, unit: Unit) -> xr.Dataset:
     return source.read(step.stage.span(unit, source.schema, step.schema))
 
 
-def _compute(apply: Apply, block: xr.Dataset, unit: Unit, store: Store, progress: Progress, stop: Event) -> UnitWriter | None:
+def _compute(
+    apply: Apply, block: xr.Dataset, unit: Unit, store: Store, progress: Progress, stop: Event
+) -> UnitWriter | None:
     """The unit's pieces, gathered in a writer while the next one computes. None if the run is to stop."""
     writer = store.writer(unit)
     with ThreadPoolExecutor(1, "gather") as gatherer:
@@ -192,7 +207,9 @@ def _n_token(piece: xr.DataTree) -> int:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set, once; a second one interrupts at once. Outside the main thread, never set."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set, once; a second one interrupts at once. Outside the main thread,
+    never set.
+    """
     stop = Event()
 
     def ask(number: int, frame: FrameType | None) -> None:

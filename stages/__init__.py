@@ -1,1 +1,4 @@
-"""What is computed: labelled blocks in, labelled blocks out. Nothing is imported here, so that a plan can be made without torch."""
+"""What is computed: labelled blocks in, labelled blocks out.
+
+Nothing is imported here, so that a plan can be made without torch.
+"""

@@ -34,11 +34,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Capture(Stage):
     """Tokens → activations at `hooks`: names, with `{a,b}`, `[3-5]` and `*`, as in `blocks.[5-9].hook_resid_post`.
 
-    The model computes in `dtype`, `batch` sequences at a time; `store_dtype` is what is kept, and a lossy one records the error it
-    makes. `unit_tokens` is the unit of work (by default, as many tokens as make a shard of at most 64 MiB).
-    `compression` is "none" (checksums only; for local disks) or "zstd" (1.4 times smaller for bfloat16, slower).
+    The model computes in `dtype`, `batch` sequences at a time; `store_dtype` is what is kept, and a lossy one records
+    the error it makes. `unit_tokens` is the unit of work (by default, as many tokens as make a shard of at most 64
+    MiB). `compression` is "none" (checksums only; for local disks) or "zstd" (1.4 times smaller for bfloat16, slower).
 
-    Batches are cut from the sequences that touch the unit, in their order, so that a unit's values never depend on who computes it.
+    Batches are cut from the sequences that touch the unit, in their order, so that a unit's values never depend on who
+    computes it.
     """
 
     verb: ClassVar[str] = "capture"
@@ -58,7 +59,9 @@ class Capture(Stage):
         if self.batch < 1:
             raise SchemaError(f"capture.batch = {self.batch} must be at least 1")
         if not self.hooks:
-            raise SchemaError('capture.hooks is empty: name at least one hook point, for example "blocks.*.hook_resid_post"')
+            raise SchemaError(
+                'capture.hooks is empty: name at least one hook point, for example "blocks.*.hook_resid_post"'
+            )
         if self.unit_tokens is not None and self.unit_tokens < 1:
             raise SchemaError(f"capture.unit_tokens = {self.unit_tokens} must be at least 1")
         self.points(self.model.open().spec)
@@ -71,14 +74,19 @@ class Capture(Stage):
         return {"torch": metadata.version("torch"), "device": device.split(":")[0]}
 
     def points(self, spec: ModelSpec) -> dict[str, tuple[HookPoint, ...]]:
-        """The hook points asked for, by kind, in the order of firing. HookError names one that the model does not have."""
+        """The hook points asked for, by kind, in the order of firing.
+
+        HookError names one that the model does not have.
+        """
         by_kind: dict[str, list[HookPoint]] = defaultdict(list)
         for point in expand(self.hooks, spec.points()):
             by_kind[point.kind].append(point)
         return {kind: tuple(points) for kind, points in by_kind.items()}
 
     def schema(self, source: Schema) -> Schema:
-        """One group a kind of hook point: `value[layer, token, …]`, or `value[layer, sequence, …]` for attention patterns and scores."""
+        """One group a kind of hook point: `value[layer, token, …]`, or `value[layer, sequence, …]` for attention
+        patterns and scores.
+        """
         spec = self.model.open().spec
         starts = source.labels["sequences/start"][1]
         context = int(np.diff(starts, append=source.n_token).max())
@@ -89,7 +97,10 @@ class Capture(Stage):
         arrays: dict[str, Array] = {}
         labels = {name: source.labels[name] for name in LABELS}
         for kind, points in kinds.items():
-            dims, layers = stored_dims(kind), np.array([point.layer for point in points if point.layer is not None], dtype=np.int64)
+            dims, layers = (
+                stored_dims(kind),
+                np.array([point.layer for point in points if point.layer is not None], dtype=np.int64),
+            )
             own = {**sizes, "layer": len(layers)}
             if "token" in dims:
                 arrays[f"{kind}/value"] = along_token(dims, own, self.store_dtype, unit_tokens)
@@ -115,13 +126,17 @@ class Capture(Stage):
         return unit_tokens_for(int(max(widths, default=1)) * format_of(self.store_dtype).itemsize, context)
 
     def span(self, unit: Unit, source: Schema, own: Schema) -> slice:
-        """The tokens of every sequence that touches the unit; one that straddles its edge is computed by both neighbours."""
+        """The tokens of every sequence that touches the unit; one that straddles its edge is computed by both
+        neighbours.
+        """
         starts = source.labels["sequences/start"][1]
         first, beyond = _touching(starts, unit)
         return slice(int(starts[first]), int(starts[beyond]) if beyond < len(starts) else source.n_token)
 
     def load(self, device: str, own: Schema) -> Apply:
-        """Loads the model. Pieces are the captures of one batch; the unembedding and layers above the last point are not computed."""
+        """Loads the model. Pieces are the captures of one batch; the unembedding and layers above the last point are
+        not computed.
+        """
         from .models.load import load_model
 
         model = load_model(self.model.source, revision=self.model.revision, device=device, dtype=self.dtype)
@@ -160,12 +175,16 @@ class Capture(Stage):
             values = np.stack(layers) if dims[0] == "layer" else layers[0]
             if values.shape[dims.index(batch.long(dims))]:
                 said = {name: np.array(v) for name, v in statistics[kind].items()}
-                nodes[kind] = xr.Dataset({"value": (dims, values)}, coords=batch.coords(dims), attrs={"statistics": said})
+                nodes[kind] = xr.Dataset(
+                    {"value": (dims, values)}, coords=batch.coords(dims), attrs={"statistics": said}
+                )
         return xr.DataTree.from_dict(nodes)
 
 
 def stored_dims(kind: str) -> tuple[str, ...]:
-    """Dimensions of a kind of hook point in a store: `token` where one forward has `sequence` and `position`, layers in front."""
+    """Dimensions of a kind of hook point in a store: `token` where one forward has `sequence` and `position`, layers in
+    front.
+    """
     dims = dims_of(kind)
     dims = ("token", *dims[2:]) if dims[:2] == ("sequence", "position") else dims
     return ("layer", *dims) if kind in BLOCK else dims
@@ -202,10 +221,16 @@ class Batch:
     def coords(self, dims: Sequence[str]) -> dict[str, Any]:
         import pandas as pd
 
-        return {"token": pd.RangeIndex(*self.tokens)} if "token" in dims else {"sequence": pd.RangeIndex(*self.own_sequences)}
+        return (
+            {"token": pd.RangeIndex(*self.tokens)}
+            if "token" in dims
+            else {"sequence": pd.RangeIndex(*self.own_sequences)}
+        )
 
     def own_rows(self, tensor: torch.Tensor, array: Array) -> torch.Tensor:
-        """The unit's part of a capture, without padding: `[token, …]`, or `[sequence, …, query, key]` with NaN beyond a sequence's end."""
+        """The unit's part of a capture, without padding: `[token, …]`, or `[sequence, …, query, key]` with NaN beyond a
+        sequence's end.
+        """
         if "token" in array.dims:
             return self._own_tokens(tensor)
         first, beyond = self.own_sequences
@@ -238,13 +263,18 @@ def _store(values: torch.Tensor, dtype: str, point: HookPoint) -> tuple[NDArray[
     if values.dtype != stored.dtype:
         if bool((torch.isinf(stored) & ~torch.isinf(values)).any()):
             raise SchemaError(
-                f"{point}: the value {largest:.6g} does not fit {dtype}, whose largest is {torch.finfo(stored.dtype).max:.6g}. "
+                f"{point}: the value {largest:.6g} does not fit {dtype}, whose largest is "
+                f"{torch.finfo(stored.dtype).max:.6g}. "
                 'Set capture.store_dtype to "bfloat16" or "float32"'
             )
         error = float((stored.float() - values.float()).nan_to_num().square().sum(dtype=torch.float64))
     else:
         error = 0.0
-    statistics = {"abs_max": largest, "square_sum": float(found.square().sum(dtype=torch.float64)), "error_square_sum": error}
+    statistics = {
+        "abs_max": largest,
+        "square_sum": float(found.square().sum(dtype=torch.float64)),
+        "error_square_sum": error,
+    }
     host = stored.detach().contiguous().cpu()
     if host.dtype == torch.bfloat16:
         return host.view(torch.int16).numpy().view(np.uint16), statistics

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 Apply = Callable[["xr.Dataset", Unit], Iterator["xr.DataTree"]]
 """One labelled block in, its labelled pieces out, in order and each as soon as it is computed: `apply(block, unit)`.
 
-Pure: equal blocks give equal pieces. A piece holds rows of `unit` only, and says which by an integer coordinate along `token`
-(or `sequence`); node names and variables are the schema's. A run may stop between two pieces."""
+Pure: equal blocks give equal pieces. A piece holds rows of `unit` only, and says which by an integer coordinate along
+`token` (or `sequence`); node names and variables are the schema's. A run may stop between two pieces.
+"""
 
 
 class Stage(ABC):
     """A step as plain data. Subclasses are frozen dataclasses of JSON values, which are part of the step's fingerprint.
 
-    `verb` is the recipe's table, `store` the folder of what it makes, `source` the verb of the step it reads (None: the corpus).
-    `version` is raised whenever the values of the output may change.
+    `verb` is the recipe's table, `store` the folder of what it makes, `source` the verb of the step it reads (None: the
+    corpus). `version` is raised whenever the values of the output may change.
     """
 
     verb: ClassVar[str]

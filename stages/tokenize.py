@@ -26,7 +26,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Where a model comes from: a hub id, a local folder, a .gguf file, or `package:name/file.gguf` in an installed package."""
+    """Where a model comes from: a hub id, a local folder, a .gguf file, or `package:name/file.gguf` in an installed
+    package.
+    """
 
     source: str
     revision: str | None = None
@@ -39,13 +41,14 @@ class ModelSource:
 class Tokenize(Stage):
     """Documents → tokens.
 
-    `layout="packed"` lays all documents end to end and cuts windows of `context` tokens, so that a window may hold several
-    documents; only the last one is shorter. `layout="documents"` makes one sequence a document; one that is longer than `context` is
-    refused, split into several sequences, or truncated, as `long_documents` says.
+    `layout="packed"` lays all documents end to end and cuts windows of `context` tokens, so that a window may hold
+    several documents; only the last one is shorter. `layout="documents"` makes one sequence a document; one that is
+    longer than `context` is refused, split into several sequences, or truncated, as `long_documents` says.
 
-    `prepend_bos` puts the model's beginning-of-sequence token at position 0 of every sequence ("auto": if the model's own tokenizer
-    does so). `separator` is the special token put behind every document: its text, "eos" for the model's own, "none", or "auto" for
-    "eos" in packed windows and "none" else. Special tokens spelled out in the text are text, unless `parse_special` is set.
+    `prepend_bos` puts the model's beginning-of-sequence token at position 0 of every sequence ("auto": if the model's
+    own tokenizer does so). `separator` is the special token put behind every document: its text, "eos" for the model's
+    own, "none", or "auto" for "eos" in packed windows and "none" else. Special tokens spelled out in the text are text,
+    unless `parse_special` is set.
     """
 
     verb: ClassVar[str] = "tokenize"
@@ -65,11 +68,18 @@ class Tokenize(Stage):
     def check(self) -> None:
         if self.context < 2:
             raise SchemaError(f"tokenize.context = {self.context}: a sequence needs at least 2 tokens")
-        if self.unit_tokens is not None and (self.unit_tokens < 1 or self.layout == "packed" and self.unit_tokens % self.context):
-            raise SchemaError(f"tokenize.unit_tokens = {self.unit_tokens} must be a multiple of tokenize.context = {self.context}")
+        if self.unit_tokens is not None and (
+            self.unit_tokens < 1 or (self.layout == "packed" and self.unit_tokens % self.context)
+        ):
+            raise SchemaError(
+                f"tokenize.unit_tokens = {self.unit_tokens} must be a multiple of tokenize.context = {self.context}"
+            )
         checkpoint = self.model.open()
         if self.context > checkpoint.spec.n_ctx:
-            raise SchemaError(f"tokenize.context = {self.context} is longer than the model's context of {checkpoint.spec.n_ctx} tokens")
+            raise SchemaError(
+                f"tokenize.context = {self.context} is longer than the model's context of {checkpoint.spec.n_ctx} "
+                "tokens"
+            )
         self.rules(checkpoint)
 
     def files(self) -> tuple[Path, ...]:
@@ -96,7 +106,10 @@ class Tokenize(Stage):
             kind="tokens",
             n_token=n_token,
             unit_tokens=unit_tokens,
-            arrays={name: along_token(("token",), sizes, "uint32", unit_tokens) for name in ("token_id", "char_start", "char_end")},
+            arrays={
+                name: along_token(("token",), sizes, "uint32", unit_tokens)
+                for name in ("token_id", "char_start", "char_end")
+            },
             labels={
                 "sequences/start": (("sequence",), sequence_start),
                 "sequences/document": (("sequence",), first_document),
@@ -108,10 +121,14 @@ class Tokenize(Stage):
     def span(self, unit: Unit, source: Schema, own: Schema) -> slice:
         """The documents that have tokens in the unit."""
         start = own.labels["documents/start"][1]
-        return slice(int(np.searchsorted(start, unit.start, "right")) - 1, int(np.searchsorted(start, unit.stop, "left")))
+        return slice(
+            int(np.searchsorted(start, unit.start, "right")) - 1, int(np.searchsorted(start, unit.stop, "left"))
+        )
 
     def load(self, device: str, own: Schema) -> Apply:
-        """Reads the tokenizer. Pieces hold `token_id`, `char_start` and `char_end` (characters into the document) as uint32."""
+        """Reads the tokenizer. Pieces hold `token_id`, `char_start` and `char_end` (characters into the document) as
+        uint32.
+        """
         import pandas as pd
         import xarray as xr
 
@@ -122,10 +139,14 @@ class Tokenize(Stage):
         def apply(block: xr.Dataset, unit: Unit) -> Iterator[xr.DataTree]:
             for document, text, found in _encode(tokenizer, block):
                 origin, beyond = int(starts[document]), int(starts[document + 1])
-                columns = rules.lay(np.array(found.ids), np.array(found.offsets).reshape(-1, 2), len(text), origin, beyond - origin)
+                columns = rules.lay(
+                    np.array(found.ids), np.array(found.offsets).reshape(-1, 2), len(text), origin, beyond - origin
+                )
                 first, last = max(origin, unit.start), min(beyond, unit.stop)
                 if first < last:
-                    part = {name: (("token",), column[first - origin : last - origin]) for name, column in columns.items()}
+                    part = {
+                        name: (("token",), column[first - origin : last - origin]) for name, column in columns.items()
+                    }
                     yield xr.DataTree(xr.Dataset(part, coords={"token": pd.RangeIndex(first, last)}))
 
         return apply
@@ -139,7 +160,9 @@ class Tokenize(Stage):
         return tokenizer
 
     def counter(self) -> Callable[[Sequence[str]], list[int]]:
-        """Loads the tokenizer and gives the function that counts the tokens of texts, special tokens of the layout left out."""
+        """Loads the tokenizer and gives the function that counts the tokens of texts, special tokens of the layout left
+        out.
+        """
         tokenizer = self.tokenizer(self.model.open())
         return lambda texts: [len(e.ids) for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -149,7 +172,9 @@ class Tokenize(Stage):
         named = checkpoint.special_tokens
         tokenizer = checkpoint.tokenizer()
         if bos and named.bos is None:
-            raise SchemaError(f"tokenize.prepend_bos is set, but {self.model.source} names no beginning-of-sequence token")
+            raise SchemaError(
+                f"tokenize.prepend_bos is set, but {self.model.source} names no beginning-of-sequence token"
+            )
         wanted = self.separator
         if wanted == "auto":
             wanted = "eos" if self.layout == "packed" else "none"
@@ -174,8 +199,10 @@ class Tokenize(Stage):
         if self.long_documents == "truncate":
             return np.minimum(lengths, room)
         raise SchemaError(
-            f"{len(long)} of {len(lengths)} documents are longer than tokenize.context = {self.context}; the first is {ids[long[0]]!r} with "
-            f'{lengths[long[0]]} tokens. Set tokenize.long_documents to "split" or "truncate", use layout = "packed", or raise the context'
+            f"{len(long)} of {len(lengths)} documents are longer than tokenize.context = {self.context}; the first is "
+            f"{ids[long[0]]!r} with "
+            f'{lengths[long[0]]} tokens. Set tokenize.long_documents to "split" or "truncate", use layout = "packed", '
+            "or raise the context"
         )
 
 
@@ -196,7 +223,8 @@ class Rules:
         room, n_bos = self.context - len(self.bos), len(self.bos)
         if self.packed:
             stream = np.concatenate([[0], np.cumsum(lengths)])
-            # A BOS belongs to the document whose token follows it, hence one BOS for every window begun before this token.
+            # A BOS belongs to the document whose token follows it, hence one BOS for every window begun before this
+            # token.
             document_start = stream + n_bos * -(-stream // room)
             return document_start, np.arange(0, document_start[-1], self.context)
         n_sequence = -(-lengths // room) if not n_bos else np.maximum(1, -(-lengths // room))
@@ -230,4 +258,6 @@ def _encode(tokenizer: Any, block: xr.Dataset) -> Iterator[tuple[int, str, Any]]
     for at in range(0, len(texts), 64):
         batch = list(texts[at : at + 64])
         found = tokenizer.encode_batch(batch, add_special_tokens=False)
-        yield from ((int(number), text, one) for number, text, one in zip(numbers[at : at + 64], batch, found, strict=True))
+        yield from (
+            (int(number), text, one) for number, text, one in zip(numbers[at : at + 64], batch, found, strict=True)
+        )

@@ -126,7 +126,9 @@ def _expand(root: str, pattern: str) -> list[str]:
     if not any(sign in pattern for sign in "*?["):
         folder = os.path.dirname(path)
         there = os.listdir(folder) if os.path.isdir(folder) else []
-        raise CorpusError(f"{path} does not exist.{nearest(os.path.basename(path), there)}")
+        raise CorpusError(
+            f"{path} does not exist; paths are taken below the root {root}.{nearest(os.path.basename(path), there)}"
+        )
     matches = (os.path.join(root, match) for match in glob.glob(pattern, root_dir=root, recursive=True))
     found = sorted((match for match in matches if os.path.isfile(match)), key=_natural_key)
     if not found:

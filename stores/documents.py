@@ -1,7 +1,8 @@
 """The documents of a corpus, counted once: where each one lies in its file and how many tokens it makes.
 
-Sizes must be known before the first byte of a store is written, so a corpus is read twice: once to count, once to write. What was
-counted is recorded block by block, like any unit of work, so that a killed count goes on where it stopped.
+Sizes must be known before the first byte of a store is written, so a corpus is read twice: once to count, once to
+write. What was counted is recorded block by block, like any unit of work, so that a killed count goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ Count = Callable[[Sequence[str]], Sequence[int]]
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of `corpus`, with their counts kept in `folder`. `fingerprint` names the corpus and the way of counting."""
+    """The documents of `corpus`, with their counts kept in `folder`.
+
+    `fingerprint` names the corpus and the way of counting.
+    """
 
     corpus: Corpus
     folder: Path
@@ -38,7 +42,9 @@ class Documents:
         return Ledger(self.folder)
 
     def count(self, tokens: Count, progress: Callable[[int, int], None] = lambda documents, characters: None) -> None:
-        """Counts the tokens of every block that has not been counted yet. `progress` gets documents and characters of each block.
+        """Counts the tokens of every block that has not been counted yet.
+
+        `progress` gets documents and characters of each block.
 
         CorpusError names file and line of text that cannot be read, or says that there are no documents at all.
         """
@@ -120,4 +126,3 @@ class Documents:
             if first < beyond:
                 found = self.corpus.read(Block(**self._records[index]["block"]))
                 yield from found[max(0, span.start - first) : span.stop - first]
-

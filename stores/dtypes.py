@@ -1,7 +1,7 @@
 """Number formats: what a value means, and the form in which Zarr keeps it.
 
-bfloat16 is kept bit for bit as uint16, with the attribute `dtype: bfloat16`, so that every Zarr reader can open it. It comes
-back as float32, which holds every bfloat16 exactly (negatives, NaN payloads, infinities and subnormals included).
+bfloat16 is kept bit for bit as uint16, with the attribute `dtype: bfloat16`, so that every Zarr reader can open it. It
+comes back as float32, which holds every bfloat16 exactly (negatives, NaN payloads, infinities and subnormals included).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .errors import SchemaError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A number format. `kept` is the numpy dtype on disk, `read` the one that readers get; `missing` marks a cell without a value."""
+    """A number format. `kept` is the numpy dtype on disk, `read` the one that readers get; `missing` marks a cell
+    without a value.
+    """
 
     kept: str
     read: str
@@ -38,7 +40,10 @@ def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def float32_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Bits of the nearest bfloat16, ties to even, as torch and IEEE 754 round. NaN stays NaN, with the upper bits of its payload."""
+    """Bits of the nearest bfloat16, ties to even, as torch and IEEE 754 round.
+
+    NaN stays NaN, with the upper bits of its payload.
+    """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     upper = bits >> np.uint32(16)
     rounded = (bits + (np.uint32(0x7FFF) + (upper & np.uint32(1)))) >> np.uint32(16)
@@ -50,7 +55,9 @@ def _same(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _plain(dtype: str, missing: int | float) -> Format:
-    return Format(kept=dtype, read=dtype, missing=missing, decode=_same, encode=lambda values: np.asarray(values, dtype))
+    return Format(
+        kept=dtype, read=dtype, missing=missing, decode=_same, encode=lambda values: np.asarray(values, dtype)
+    )
 
 
 FORMATS: dict[str, Format] = {

@@ -18,7 +18,9 @@ PACKAGES = ("forebay", "torch", "tokenizers", "numpy", "zarr", "xarray", "gguf",
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, NaN refused. Equal values have equal texts in every process."""
+    """The one JSON text of a value: sorted keys, no spaces, NaN refused. Equal values have equal texts in every
+    process.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -34,7 +36,10 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_files(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
-    """sha256 of each file, in the order given. A file whose path, size and time of change stand in `cache` (JSON) is not read again."""
+    """sha256 of each file, in the order given.
+
+    A file whose path, size and time of change stand in `cache` (JSON) is not read again.
+    """
     known: dict[str, list[Any]] = json.loads(cache.read_text()) if cache.exists() else {}
     found: dict[Path, str] = {}
     fresh = dict(known)
@@ -51,7 +56,9 @@ def sha256_files(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that take part in the numbers; a package that is not installed is left out."""
+    """Versions of Python and of the packages that take part in the numbers; a package that is not installed is left
+    out.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,7 +1,8 @@
 """What a store will hold, complete before its first byte: arrays, shards, labels, versions.
 
-A `Schema` is geometry and meaning. From it follow the Zarr metadata, the objects that a unit of work owns, and every check of
-what a stage hands over. It is written into the store's own attributes as JSON, so that a store explains itself.
+A `Schema` is geometry and meaning. From it follow the Zarr metadata, the objects that a unit of work owns, and every
+check of what a stage hands over. It is written into the store's own attributes as JSON, so that a store explains
+itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**26
 COMPRESSIONS = ("none", "zstd")
 LABELS = ("sequences/start", "sequences/document", "documents/start", "documents/id")
-"""Label arrays that every store carries, so that each can be read alone: where sequences and documents start on `token`."""
+"""Label arrays that every store carries, so that each can be read alone: where sequences and documents start on
+`token`.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +61,8 @@ class Array:
 class Schema:
     """A store before its data. `arrays` and `labels` are keyed by path in the store, as in 'hook_resid_post/value'.
 
-    Every array lies along `token` or along `sequence`. A unit of `unit_tokens` tokens is exactly one shard along `token`; what
-    lies along `sequence` belongs to the unit in which the sequence starts.
+    Every array lies along `token` or along `sequence`. A unit of `unit_tokens` tokens is exactly one shard along
+    `token`; what lies along `sequence` belongs to the unit in which the sequence starts.
     """
 
     kind: str
@@ -87,7 +90,13 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """The geometry as JSON values; label values are arrays of the store and not repeated here."""
         arrays = {
-            path: {"dims": list(a.dims), "shape": list(a.shape), "dtype": a.dtype, "chunks": list(a.chunks), "shards": list(a.shards)}
+            path: {
+                "dims": list(a.dims),
+                "shape": list(a.shape),
+                "dtype": a.dtype,
+                "chunks": list(a.chunks),
+                "shards": list(a.shards),
+            }
             for path, a in self.arrays.items()
         }
         return {
@@ -104,7 +113,11 @@ class Schema:
         """The schema that `to_json` wrote, without labels."""
         arrays = {
             path: Array(
-                dims=tuple(a["dims"]), shape=tuple(a["shape"]), dtype=a["dtype"], chunks=tuple(a["chunks"]), shards=tuple(a["shards"])
+                dims=tuple(a["dims"]),
+                shape=tuple(a["shape"]),
+                dtype=a["dtype"],
+                chunks=tuple(a["chunks"]),
+                shards=tuple(a["shards"]),
             )
             for path, a in value["arrays"].items()
         }
@@ -137,13 +150,17 @@ def read_header(data: Path) -> Header:
     """
     path = data / "zarr.json"
     if not path.is_file():
-        raise StoreNotFound(f"{data} holds no store: {path.name} is missing. Give the folder of a run, or of one of its steps")
+        raise StoreNotFound(
+            f"{data} holds no store: {path.name} is missing. Give the folder of a run, or of one of its steps"
+        )
     said = read_json(path).get("attributes", {}).get("forebay")
     if not isinstance(said, dict):
         raise CorruptStore(f"{path} is Zarr, but not a store of forebay: its attributes have no 'forebay' entry")
     written = said.get("schema", {}).get("format")
     if written != FORMAT:
-        raise SchemaError(f"{data} has format {written}; this forebay reads format {FORMAT}. Update forebay, or capture again")
+        raise SchemaError(
+            f"{data} has format {written}; this forebay reads format {FORMAT}. Update forebay, or capture again"
+        )
     try:
         return Header(Schema.from_json(said["schema"]), said["fingerprint"], said["provenance"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -159,7 +176,9 @@ def unit_tokens_for(row_bytes: int, context: int) -> int:
 
 
 def along_token(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, unit_tokens: int) -> Array:
-    """An array with a `token` axis: one shard a unit and, where there is a `layer` axis, a layer; chunks of about 1 MiB."""
+    """An array with a `token` axis: one shard a unit and, where there is a `layer` axis, a layer; chunks of about 1
+    MiB.
+    """
     whole = {"token": sizes["token"], "layer": sizes.get("layer", 1)}
     row_bytes = format_of(dtype).itemsize * int(np.prod([sizes[dim] for dim in dims if dim not in whole]))
     rows = _divisor(unit_tokens, max(1, CHUNK_BYTES // row_bytes))
@@ -173,8 +192,12 @@ def along_token(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, unit_
 
 
 def along_sequence(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, per_unit: int) -> Array:
-    """An array with a `sequence` axis: chunks of one sequence, shards of one layer and as many of a unit's sequences as make 64 MiB."""
-    row_bytes = format_of(dtype).itemsize * int(np.prod([sizes[dim] for dim in dims if dim not in ("sequence", "layer")]))
+    """An array with a `sequence` axis: chunks of one sequence, shards of one layer and as many of a unit's sequences as
+    make 64 MiB.
+    """
+    row_bytes = format_of(dtype).itemsize * int(
+        np.prod([sizes[dim] for dim in dims if dim not in ("sequence", "layer")])
+    )
     shard = _divisor(per_unit, max(1, SHARD_BYTES // row_bytes))
     return Array(
         dims=tuple(dims),
@@ -186,9 +209,15 @@ def along_sequence(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, pe
 
 
 def check_block(schema: Schema, path: str, dims: Sequence[str], dtype: np.dtype[Any]) -> Array:
-    """The array that a block's variable belongs to. SchemaError if the name, dimensions or stored dtype are not the schema's."""
+    """The array that a block's variable belongs to.
+
+    SchemaError if the name, dimensions or stored dtype are not the schema's.
+    """
     if path not in schema.arrays:
-        raise SchemaError(f"{path!r} is not in the schema of {schema.kind}.{nearest(path, schema.arrays)} It has: {', '.join(schema.arrays)}")
+        raise SchemaError(
+            f"{path!r} is not in the schema of {schema.kind}.{nearest(path, schema.arrays)} It has: "
+            f"{', '.join(schema.arrays)}"
+        )
     array = schema.arrays[path]
     if tuple(dims) != array.dims:
         raise SchemaError(f"{path} has dimensions {tuple(dims)}; the schema of {schema.kind} says {array.dims}")

@@ -1,7 +1,7 @@
 """Labelled arrays on disk with a ledger: create, open, read, write rows, verify. The only file that names zarr.
 
-A store is the folder of a step: `data.zarr`, which any Zarr v3 reader opens, and beside it the records of the units that are done.
-Nothing that one unit writes is touched by another, so there are no locks; see docs/store-format.md.
+A store is the folder of a step: `data.zarr`, which any Zarr v3 reader opens, and beside it the records of the units
+that are done. Nothing that one unit writes is touched by another, so there are no locks; see docs/store-format.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ DATA = "data.zarr"
 
 
 def _codecs(compression: str, itemsize: int) -> list[Any]:
-    """Codecs of one chunk. A Blosc block of 512 KiB keeps the exponent bytes apart from the rest: 1.44 times smaller, not 1.26."""
+    """Codecs of one chunk. A Blosc block of 512 KiB keeps the exponent bytes apart from the rest: 1.44 times smaller,
+    not 1.26.
+    """
     if compression == "none":
         return [Crc32cCodec()]
     zstd = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize, blocksize=2**19)
@@ -69,7 +71,10 @@ class Store:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Store:
-        """The store of a step's folder. Reads one small file. StoreNotFound, CorruptStore or SchemaError say what is wrong."""
+        """The store of a step's folder.
+
+        Reads one small file. StoreNotFound, CorruptStore or SchemaError say what is wrong.
+        """
         path = Path(folder) / DATA
         return cls(path, read_header(path))
 
@@ -162,9 +167,14 @@ class Store:
         except CorruptStore as error:
             return [str(error)]
         if record.get("fingerprint") != self.fingerprint:
-            return [f"{self.ledger.path(unit.index)}: its fingerprint {record.get('fingerprint')} is not the store's {self.fingerprint}"]
+            return [
+                f"{self.ledger.path(unit.index)}: its fingerprint {record.get('fingerprint')} is not the store's "
+                f"{self.fingerprint}"
+            ]
         rows = self.schema_with_labels.rows(unit)
-        due = {self.object_key(path, index) for path, array in self.schema.arrays.items() for index in array.objects(rows)}
+        due = {
+            self.object_key(path, index) for path, array in self.schema.arrays.items() for index in array.objects(rows)
+        }
         found = [f"{key}: not in the record of unit {unit.index}" for key in sorted(due - set(record["objects"]))]
         for key in sorted(due & set(record["objects"])):
             if said := _disagreement(self.path / key, record["objects"][key]):
@@ -187,7 +197,8 @@ def mismatch(store: Store, fingerprint: str, provenance: Mapping[str, Any]) -> F
     """The refusal of a store that another recipe made: both fingerprints, and what differs where provenance tells."""
     lines = differences(provenance, store.header.provenance)
     return FingerprintMismatch(
-        f"{store.path.parent} was made by another recipe: its fingerprint is {store.fingerprint[:12]}, this recipe gives {fingerprint[:12]}."
+        f"{store.path.parent} was made by another recipe: its fingerprint is {store.fingerprint[:12]}, this recipe "
+        f"gives {fingerprint[:12]}."
         + "".join(f"\n  {line}" for line in lines[:12])
         + f"\nRun into another folder, or delete {store.path.parent} to compute it anew"
     )
@@ -208,10 +219,13 @@ def _lay_out(path: Path, header: Header) -> None:
         _create_array(root, name, array, schema.compression)
     for name, (dims, values) in schema.labels.items():
         kept = "string" if values.dtype.kind in "OUT" else values.dtype
-        label = root.create_array(name, shape=values.shape, dtype=kept, chunks=(max(1, min(len(values), 2**17)),), dimension_names=dims)
+        label = root.create_array(
+            name, shape=values.shape, dtype=kept, chunks=(max(1, min(len(values), 2**17)),), dimension_names=dims
+        )
         label[...] = values.astype(object) if kept == "string" else values
     with warnings.catch_warnings():
-        # Version 3 of Zarr does not specify consolidated metadata yet; readers that know it open faster, others ignore it.
+        # Version 3 of Zarr does not specify consolidated metadata yet; readers that know it open faster, others ignore
+        # it.
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.consolidate_metadata(root.store)
     for folder, _, files in os.walk(path):
@@ -245,7 +259,11 @@ def _disagreement(path: Path, said: Mapping[str, Any]) -> str | None:
         return f"{path}: {size:,} bytes, {said['bytes']:,} were recorded (truncated or overwritten)"
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if digest == said["sha256"] else f"{path}: its bytes have changed since they were recorded (sha256 {digest[:12]})"
+    return (
+        None
+        if digest == said["sha256"]
+        else f"{path}: its bytes have changed since they were recorded (sha256 {digest[:12]})"
+    )
 
 
 __all__ = ["DATA", "LABELS", "Store", "mismatch"]

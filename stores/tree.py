@@ -47,7 +47,8 @@ class KeptArray(BackendArray):
             return self.format.decode(np.asarray(self._zarr.oindex[key]))
         except (ValueError, OSError, RuntimeError) as error:
             raise CorruptStore(
-                f"{self.store.path / self.path} cannot be read at {key}: {error}. `forebay verify` names the damaged objects, "
+                f"{self.store.path / self.path} cannot be read at {key}: {error}. `forebay verify` names the damaged "
+                "objects, "
                 "`forebay repair` drops their units, and running the recipe again computes them anew"
             ) from error
 
@@ -70,16 +71,19 @@ class DoneMask(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[np.bool_]:
         (part,) = key
-        tokens = np.arange(self.grid.size)[part] if not isinstance(part, slice) else np.arange(*part.indices(self.grid.size))
+        tokens = (
+            np.arange(self.grid.size)[part] if not isinstance(part, slice) else np.arange(*part.indices(self.grid.size))
+        )
         return np.isin(tokens // self.grid.step, self.done)
 
 
 def open_store(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chunks = "auto") -> xr.DataTree:
     """One step's store as a lazy DataTree, labelled with `sequence`, `position`, `document` on `token` and `layer`.
 
-    `chunks="auto"` gives dask arrays in chunks of whole shards; None gives xarray's own lazy indexing, which is quicker for small
-    looks. bfloat16 reads as float32, exactly. Nothing is computed. IncompleteStore unless every unit is recorded or `partial` is
-    set, which adds the boolean coordinate `done` on `token`. StoreNotFound, CorruptStore, SchemaError for what is no store.
+    `chunks="auto"` gives dask arrays in chunks of whole shards; None gives xarray's own lazy indexing, which is quicker
+    for small looks. bfloat16 reads as float32, exactly. Nothing is computed. IncompleteStore unless every unit is
+    recorded or `partial` is set, which adds the boolean coordinate `done` on `token`. StoreNotFound, CorruptStore,
+    SchemaError for what is no store.
     """
     store = Store.open(path)
     return xr.DataTree.from_dict(_nodes(store, partial, chunks), name=store.name)
@@ -89,13 +93,15 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
     """A whole run as one lazy DataTree: `tokens`, `sequences`, `documents`, and a node a hook kind under `activations`.
 
     Every node with a `token` axis carries `token_id`, `sequence`, `position` and `document`, so that selections read
-    `run["activations/hook_resid_post"].sel(layer=12, document=7)`. The run's recipe is in `attrs`. Arguments and errors as in
-    `open_store`.
+    `run["activations/hook_resid_post"].sel(layer=12, document=7)`. The run's recipe is in `attrs`. Arguments and errors
+    as in `open_store`.
     """
     folder = Path(path)
     stores = list(run_stores(folder))
     if not stores:
-        raise StoreNotFound(f"{folder} is no run: it holds no folder with a {DATA}. Give the folder that `forebay run` wrote")
+        raise StoreNotFound(
+            f"{folder} is no run: it holds no folder with a {DATA}. Give the folder that `forebay run` wrote"
+        )
     nodes: dict[str, xr.Dataset] = {}
     tokens = next((store for store in stores if store.schema.kind == "tokens"), None)
     for store in stores:
@@ -123,13 +129,16 @@ def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]
     done, n_unit = store.ledger.done(), len(store.schema.grid)
     if len(done) < n_unit and not partial:
         raise IncompleteStore(
-            f"{store.path.parent} is incomplete: {len(done)} of {n_unit} units are recorded. Run its recipe again to finish it, or open it "
+            f"{store.path.parent} is incomplete: {len(done)} of {n_unit} units are recorded. Run its recipe again to "
+            "finish it, or open it "
             "with partial=True, which adds the coordinate `done` on `token`"
         )
     labels = store.labels
     token = token_coords(store.schema.n_token, labels["sequences/start"][1], labels["documents/start"][1])
     mask = xr.Variable(("token",), indexing.LazilyIndexedArray(DoneMask(store.schema.grid, done)))
-    nodes: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs={"fingerprint": store.fingerprint, **store.header.provenance})}
+    nodes: dict[str, xr.Dataset] = {
+        "/": xr.Dataset(attrs={"fingerprint": store.fingerprint, **store.header.provenance})
+    }
     for group in dict.fromkeys(path.rpartition("/")[0] for path in store.schema.arrays):
         paths = [path for path in store.schema.arrays if path.rpartition("/")[0] == group]
         dataset = xr.Dataset({k: v for path in paths for k, v in _kept_variables(store, path, chunks).items()})
@@ -151,13 +160,17 @@ def _label_nodes(labels: Mapping[str, Any], n_token: int) -> dict[str, xr.Datase
         columns = {path.split("/")[1]: variable for path, variable in labels.items() if path.startswith(f"{group}/")}
         start = columns["start"][1]
         columns["n_token"] = ((dim,), np.diff(start, append=n_token))
-        nodes[f"/{group}"] = xr.Dataset(columns, coords={dim: np.arange(len(start))}) if dim not in columns else xr.Dataset(columns)
+        nodes[f"/{group}"] = (
+            xr.Dataset(columns, coords={dim: np.arange(len(start))}) if dim not in columns else xr.Dataset(columns)
+        )
     return nodes
 
 
 def _kept_variables(store: Store, path: str, chunks: Chunks) -> dict[str, xr.Variable]:
     array = store.schema.arrays[path]
-    variable = xr.Variable(array.dims, indexing.LazilyIndexedArray(KeptArray(store, path)), attrs={"dtype": array.dtype})
+    variable = xr.Variable(
+        array.dims, indexing.LazilyIndexedArray(KeptArray(store, path)), attrs={"dtype": array.dtype}
+    )
     if chunks == "auto":
         variable = variable.chunk(_dask_chunks(array))
     return {path.rpartition("/")[2]: variable}
@@ -169,12 +182,19 @@ def _dask_chunks(array: Array) -> dict[str, int]:
     long = array.dims.index("token" if "token" in array.dims else "sequence")
     others = int(np.prod([count for i, count in enumerate(counts) if i != long]))
     together = -(-counts[long] * others // MOST_CHUNKS)
-    return {dim: shard * (together if i == long else 1) for i, (dim, shard) in enumerate(zip(array.dims, array.shards, strict=True))}
+    return {
+        dim: shard * (together if i == long else 1)
+        for i, (dim, shard) in enumerate(zip(array.dims, array.shards, strict=True))
+    }
 
 
 def read_rows(store: Store, span: slice) -> xr.Dataset:
     """Tokens [start, stop) of a store's root arrays, in memory, with the token's number as the coordinate."""
     import pandas as pd
 
-    columns = {path: (array.dims, np.asarray(store.array(path)[span])) for path, array in store.schema.arrays.items() if "/" not in path}
+    columns = {
+        path: (array.dims, np.asarray(store.array(path)[span]))
+        for path, array in store.schema.arrays.items()
+        if "/" not in path
+    }
     return xr.Dataset(columns, coords={"token": pd.RangeIndex(span.start, span.stop)})

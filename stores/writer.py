@@ -32,7 +32,8 @@ MERGE = {"sum": np.add, "max": np.maximum}
 class UnitWriter:
     """Gathers the pieces of one unit in memory and writes them as whole shards.
 
-    Holds one buffer an array, as large as the unit's rows. Nothing is on disk before `finish`; on any error no record exists.
+    Holds one buffer an array, as large as the unit's rows. Nothing is on disk before `finish`; on any error no record
+    exists.
     """
 
     def __init__(self, store: Store, unit: Unit) -> None:
@@ -43,9 +44,11 @@ class UnitWriter:
         self._statistics: dict[str, dict[str, NDArray[Any]]] = {}
 
     def put(self, piece: xr.DataTree) -> None:
-        """Takes a labelled piece: nodes are groups, variables lie along `token` or `sequence` with an integer coordinate that says which.
+        """Takes a labelled piece: nodes are groups, variables lie along `token` or `sequence` with an integer
+        coordinate that says which.
 
-        Statistics travel in a node's attribute `statistics`: name → one number a layer. SchemaError if a piece does not fit.
+        Statistics travel in a node's attribute `statistics`: name → one number a layer. SchemaError if a piece does not
+        fit.
         """
         for node in piece.subtree:
             for name, variable in node.data_vars.items():
@@ -61,16 +64,24 @@ class UnitWriter:
         long = "token" if "token" in dims else "sequence"
         axis, own = dims.index(long), self.rows[long]
         if path not in self._buffers:
-            shape = tuple(own.stop - own.start if dim == long else size for dim, size in zip(dims, array.shape, strict=True))
+            shape = tuple(
+                own.stop - own.start if dim == long else size for dim, size in zip(dims, array.shape, strict=True)
+            )
             self._buffers[path] = np.empty(shape, dtype=variable.dtype)
             self._filled[path] = np.zeros(own.stop - own.start, dtype=bool)
         buffer = self._buffers[path]
         labels = variable.indexes[long]
         start, stop = int(labels[0]) - own.start, int(labels[-1]) + 1 - own.start
         where = (*(slice(None),) * axis, slice(start, stop))
-        if start < 0 or stop > len(self._filled[path]) or stop - start != len(labels) or buffer[where].shape != variable.shape:
+        if (
+            start < 0
+            or stop > len(self._filled[path])
+            or stop - start != len(labels)
+            or buffer[where].shape != variable.shape
+        ):
             raise SchemaError(
-                f"{path}: a piece of shape {variable.shape} at {long} {labels[0]}…{labels[-1]} does not fit unit {self.unit.index}, "
+                f"{path}: a piece of shape {variable.shape} at {long} {labels[0]}…{labels[-1]} does not fit unit "
+                f"{self.unit.index}, "
                 f"which owns {long} {own.start}…{own.stop - 1} of an array of shape {array.shape}"
             )
         if self._filled[path][start:stop].any():
@@ -112,10 +123,14 @@ class UnitWriter:
             filled = self._filled.get(path, np.zeros(own.stop - own.start, dtype=bool))
             if not filled.all():
                 first = own.start + int(np.argmin(filled))
-                raise SchemaError(f"{path}: unit {self.unit.index} lacks {int((~filled).sum())} rows, the first is {long} {first}")
+                raise SchemaError(
+                    f"{path}: unit {self.unit.index} lacks {int((~filled).sum())} rows, the first is {long} {first}"
+                )
 
     def _record(self, objects: dict[str, dict[str, Any]], timing: Mapping[str, float]) -> Record:
-        statistics = {group: {name: v.tolist() for name, v in values.items()} for group, values in self._statistics.items()}
+        statistics = {
+            group: {name: v.tolist() for name, v in values.items()} for group, values in self._statistics.items()
+        }
         return {
             "unit": self.unit.index,
             "fingerprint": self.store.fingerprint,
@@ -133,8 +148,10 @@ class UnitWriter:
         stat = os.statvfs(self.store.path)
         need = sum(buffer.nbytes for buffer in self._buffers.values())
         return DiskFull(
-            f"no space for unit {self.unit.index} of {self.store.path}: it takes {need:,} bytes, {stat.f_bavail * stat.f_frsize:,} are free "
-            f"({error.strerror}). {len(self.store.ledger.done())} units are recorded and safe. Free some space and run again"
+            f"no space for unit {self.unit.index} of {self.store.path}: it takes {need:,} bytes, "
+            f"{stat.f_bavail * stat.f_frsize:,} are free "
+            f"({error.strerror}). {len(self.store.ledger.done())} units are recorded and safe. Free some space and "
+            "run again"
         )
 
 

@@ -36,7 +36,11 @@ def plan_table(plan: Plan) -> RenderableType:
             size(2 * step.unit_bytes),
             _time(step, state, plan.device),
         )
-    arrays = [f"{step.stage.store}/{path}: {array.dtype} {dict(zip(array.dims, array.shape, strict=True))}" for step in plan.steps for path, array in step.schema.arrays.items()]
+    arrays = [
+        f"{step.stage.store}/{path}: {array.dtype} {dict(zip(array.dims, array.shape, strict=True))}"
+        for step in plan.steps
+        for path, array in step.schema.arrays.items()
+    ]
     return Group(f"run folder: {escape(str(plan.folder))}   device: {plan.device}", table, *map(escape, arrays))
 
 
@@ -52,7 +56,9 @@ def _time(step: Step, state: StepStatus, device: str) -> str:
 
 
 def flops_per_token(spec: ModelSpec, last: HookPoint) -> int:
-    """Floating-point operations of the matrix products that a token goes through up to a hook point, attention itself left out."""
+    """Floating-point operations of the matrix products that a token goes through up to a hook point, attention itself
+    left out.
+    """
     layers = 0 if last.kind in BEFORE else spec.n_layers if last.layer is None else last.layer + 1
     shapes = {name: shape for name, shape in spec.weight_shapes().items() if len(shape) == 2}
     block = sum(a * b for name, (a, b) in shapes.items() if name.startswith("blocks.0."))
@@ -61,7 +67,9 @@ def flops_per_token(spec: ModelSpec, last: HookPoint) -> int:
 
 
 def matrix_product_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
-    """Floating-point operations a second that this machine reaches in a product of two 1024 × 1024 matrices (median of a few)."""
+    """Floating-point operations a second that this machine reaches in a product of two 1024 × 1024 matrices (median of
+    a few).
+    """
     import torch
 
     a = torch.ones(1024, 1024, device=device, dtype=getattr(torch, dtype))

@@ -43,12 +43,19 @@ def lens_of_run(
     partial: bool,
     top: int = 1,
 ) -> tuple[xr.Dataset, TokenTexts]:
-    """The computed lens of a selection, and the texts of its tokens. SchemaError or KeyError name what is not in the store."""
+    """The computed lens of a selection, and the texts of its tokens.
+
+    SchemaError or KeyError name what is not in the store.
+    """
     run = open_run(folder, partial=partial)
     kinds = list(run["activations"].children) if "activations" in run.children else []
     if hook not in kinds:
-        raise SchemaError(f"{folder} has no activations of {hook!r}.{nearest(hook, kinds)} It has: {', '.join(kinds) or 'none'}")
-    selection: dict[str, Any] = {"position": _positions(positions)}
+        raise SchemaError(
+            f"{folder} has no activations of {hook!r}.{nearest(hook, kinds)} It has: {', '.join(kinds) or 'none'}"
+        )
+    first, last = _positions(positions)
+    # One position more, so that the last one's next token is known too; it is dropped again below.
+    selection: dict[str, Any] = {"position": slice(first, last if last is None else last + 1)}
     if document is not None:
         selection["document"] = document
     if sequence is not None or document is None:
@@ -60,7 +67,10 @@ def lens_of_run(
         activations = activations.sel(selection)
     except KeyError as error:
         raise SchemaError(f"{folder}: {error.args[0]}") from error
-    return logit_lens(activations, _unembedding(folder, run), top=top).compute(), TokenTexts(folder)
+    lens = logit_lens(activations, _unembedding(folder, run), top=top)
+    if last is not None:
+        lens = lens.isel(token=lens["position"].values <= last)
+    return lens.compute(), TokenTexts(folder)
 
 
 def _unembedding(folder: Path, run: xr.DataTree) -> Any:
@@ -70,16 +80,20 @@ def _unembedding(folder: Path, run: xr.DataTree) -> Any:
     made_from = run["activations"].attrs["files"]
     now = [[path.name, digest] for path, digest in sha256_files(checkpoint.files, folder / "files.json").items()]
     if made_from != now:
-        raise FingerprintMismatch(f"{recipe.model.source} is not the model that made this run: its files have changed since")
+        raise FingerprintMismatch(
+            f"{recipe.model.source} is not the model that made this run: its files have changed since"
+        )
     return load_unembedding(recipe.model.source, revision=recipe.model.revision)
 
 
-def _positions(text: str) -> slice:
-    found = re.fullmatch(r"(\d*):(\d*)", text) or re.fullmatch(r"(\d+)()", text)
+def _positions(text: str) -> tuple[int, int | None]:
+    """First and last position of FIRST:LAST, of FIRST: (to the end), or of one number."""
+    found = re.fullmatch(r"(\d*):(\d*)|(\d+)", text)
     if not found:
         raise SchemaError(f"positions {text!r} are not FIRST:LAST, as in 0:16, 100: or 7")
-    first = int(found[1] or 0)
-    return slice(first, first if ":" not in text else int(found[2]) if found[2] else None)
+    if found[3]:
+        return int(found[3]), int(found[3])
+    return int(found[1] or 0), int(found[2]) if found[2] else None
 
 
 def _layers(text: str) -> list[int]:

@@ -1,4 +1,6 @@
-"""The state of a run from its ledgers: one listing a step, a handful of small files, no Zarr, no torch, while it runs or after."""
+"""The state of a run from its ledgers: one listing a step, a handful of small files, no Zarr, no torch, while it runs
+or after.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ NEWEST = 8
 
 @dataclass(frozen=True)
 class StepStatus:
-    """One step: units and tokens done and in all, bytes before compression, tokens a second lately, failed attempts by unit."""
+    """One step: units and tokens done and in all, bytes before compression, tokens a second lately, failed attempts by
+    unit.
+    """
 
     name: str
     kind: str
@@ -45,7 +49,9 @@ def status(folder: Path) -> list[StepStatus]:
         header = read_header(data)
         found.append(step_status(data.parent, header.schema))
     if not found:
-        raise StoreNotFound(f"{folder} is no run: it holds no folder with a {DATA}. Give the folder that `forebay run` wrote")
+        raise StoreNotFound(
+            f"{folder} is no run: it holds no folder with a {DATA}. Give the folder that `forebay run` wrote"
+        )
     return sorted(found, key=lambda step: step.kind != "tokens")
 
 

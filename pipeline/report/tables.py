@@ -31,13 +31,27 @@ def size(nbytes: float) -> str:
 def status_table(steps: Iterable[StepStatus]) -> RenderableType:
     """One row a step, and below it the units that failed with their errors."""
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("step", "left"), ("units", "right"), ("tokens", "right"), ("size", "right"), ("tokens/s", "right"), ("left", "right")):
+    for name, justify in (
+        ("step", "left"),
+        ("units", "right"),
+        ("tokens", "right"),
+        ("size", "right"),
+        ("tokens/s", "right"),
+        ("left", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     failures = []
     for step in steps:
         rate = f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "–"
         left = "done" if step.left == 0 else "?" if step.left is None else duration(step.left)
-        table.add_row(step.name, f"{step.units_done}/{step.units}", f"{step.tokens_done:,}/{step.n_token:,}", size(step.nbytes), rate, left)
+        table.add_row(
+            step.name,
+            f"{step.units_done}/{step.units}",
+            f"{step.tokens_done:,}/{step.n_token:,}",
+            size(step.nbytes),
+            rate,
+            left,
+        )
         failures += [f"{step.name}: unit {unit} failed: {error}" for unit, error in step.failed.items()]
     return Group(table, *map(escape, failures))
 
@@ -111,14 +125,21 @@ def outcome_text(outcome: Outcome) -> str:
     for step in outcome.steps:
         if step.tokens:
             rate = step.tokens / max(step.seconds, 1e-9)
-            lines.append(f"{step.name}: {step.tokens:,} tokens, {size(step.nbytes)} in {duration(step.seconds)} ({rate:,.0f} tokens/s)")
+            lines.append(
+                f"{step.name}: {step.tokens:,} tokens, {size(step.nbytes)} in {duration(step.seconds)} ({rate:,.0f} "
+                "tokens/s)"
+            )
         elif not step.failed:
             lines.append(f"{step.name}: {step.n_token:,} tokens, all of it was done before")
         lines += [f"{step.name}: unit {unit} failed, its traceback is in {path}" for unit, path in step.failed.items()]
     if any(step.failed for step in outcome.steps):
-        return "\n".join([*lines, "Some units failed. What is recorded is safe; running again tries the failed ones again."])
+        return "\n".join(
+            [*lines, "Some units failed. What is recorded is safe; running again tries the failed ones again."]
+        )
     if outcome.interrupted:
-        return "\n".join([*lines, "Stopped before the end. What is recorded is safe; run the same command again to go on."])
+        return "\n".join(
+            [*lines, "Stopped before the end. What is recorded is safe; run the same command again to go on."]
+        )
     path = str(outcome.folder)
     return "\n".join(
         [
@@ -127,6 +148,10 @@ def outcome_text(outcome: Outcome) -> str:
             "",
             "    import forebay",
             f"    run = forebay.open_run({path!r})",
-            *(['    run["activations"]'] if any(step.name == "activations" for step in outcome.steps) else ['    run["tokens"]']),
+            *(
+                ['    run["activations"]']
+                if any(step.name == "activations" for step in outcome.steps)
+                else ['    run["tokens"]']
+            ),
         ]
     )

@@ -1,7 +1,7 @@
 """Logit lens: what the model would say if each layer's residual stream were its last.
 
-nostalgebraist (2020), "interpreting GPT: the logit lens". Every residual stream goes through the model's own final norm and
-unembedding, final soft-cap included; so the last layer's lens is the model's prediction.
+nostalgebraist (2020), "interpreting GPT: the logit lens". Every residual stream goes through the model's own final norm
+and unembedding, final soft-cap included; so the last layer's lens is the model's prediction.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ AT_ONCE = 2**24
 def logit_lens(activations: xr.Dataset, unembedding: Unembedding, *, top: int = 5) -> xr.Dataset:
     """The lens over stored residual streams, lazily where they are lazy.
 
-    `activations`: a node such as `open_run(path)["activations/hook_resid_post"]`, or a selection of it: `value[layer, token,
-    d_model]` with the coordinates `token_id`, `sequence` and `position`. `unembedding` comes from `load_unembedding`.
+    `activations`: a node such as `open_run(path)["activations/hook_resid_post"]`, or a selection of it: `value[layer,
+    token, d_model]` with the coordinates `token_id`, `sequence` and `position`. `unembedding` comes from
+    `load_unembedding`.
 
-    Gives, along `layer` and `token`: `top_token_id[…, rank]` (int32) and `top_probability[…, rank]` (float32) of the `top`
-    strongest tokens, rank 0 first; `next_rank` (float32: how many tokens are stronger than the one that really follows; NaN where
-    none follows in the sequence or in the selection) and `next_log_probability` (float32, nats, NaN likewise); and the
-    coordinate `next_token_id` (-1 where there is none). Memory: one chunk of activations and 64 MiB of logits a thread.
+    Gives, along `layer` and `token`: `top_token_id[…, rank]` (int32) and `top_probability[…, rank]` (float32) of the
+    `top` strongest tokens, rank 0 first; `next_rank` (float32: how many tokens are stronger than the one that really
+    follows; NaN where none follows in the sequence or in the selection) and `next_log_probability` (float32, nats, NaN
+    likewise); and the coordinate `next_token_id` (-1 where there is none). Memory: one chunk of activations and 64 MiB
+    of logits a thread.
 
     SchemaError if the dimensions or labels are not there, or the widths differ.
     """
@@ -48,11 +50,15 @@ def logit_lens(activations: xr.Dataset, unembedding: Unembedding, *, top: int = 
         dask_gufunc_kwargs={"output_sizes": {"rank": top}},
     )
     names = ("top_token_id", "top_probability", "next_rank", "next_log_probability")
-    return xr.Dataset(dict(zip(names, lens, strict=True))).assign_coords(next_token_id=following.reset_coords(drop=True))
+    return xr.Dataset(dict(zip(names, lens, strict=True))).assign_coords(
+        next_token_id=following.reset_coords(drop=True)
+    )
 
 
 def next_tokens(activations: xr.Dataset) -> xr.DataArray:
-    """The token that really follows each token, in its own sequence and next to it in the selection; -1 where there is none. int64."""
+    """The token that really follows each token, in its own sequence and next to it in the selection; -1 where there is
+    none. int64.
+    """
     ids = np.asarray(activations["token_id"].values, dtype=np.int64)
     sequence, position = activations["sequence"].values, activations["position"].values
     follows = (np.diff(sequence) == 0) & (np.diff(position) == 1)
@@ -66,21 +72,37 @@ def _checked(activations: xr.Dataset, unembedding: Unembedding) -> xr.DataArray:
         said = activations["value"].dims if "value" in activations else sorted(map(str, activations.data_vars))
         raise SchemaError(f"the logit lens reads value[layer, token, d_model] of a residual stream, not {said}")
     if missing := needs - set(activations.coords):
-        raise SchemaError(f"the logit lens needs the coordinates {sorted(missing)} on `token`; open the store with open_run")
-    if activations.sizes["d_model"] != unembedding.d_model:
-        raise SchemaError(f"the activations are {activations.sizes['d_model']} wide and the unembedding reads {unembedding.d_model}: another model's?")
+        raise SchemaError(
+            f"the logit lens needs the coordinates {sorted(missing)} on `token`; open the store with open_run"
+        )
+    if activations.sizes["d_model"] != unembedding.weight.shape[1]:
+        raise SchemaError(
+            f"the activations are {activations.sizes['d_model']} wide and the unembedding reads "
+            f"{unembedding.weight.shape[1]}: another model's?"
+        )
     return activations["value"]
 
 
-def _lens_block(resid: NDArray[Any], following: NDArray[np.int64], unembedding: Unembedding, top: int) -> tuple[NDArray[Any], ...]:
-    """One block: resid [..., token, d_model] and following [token] or its broadcast, as torch sees it, some rows at a time."""
+def _lens_block(
+    resid: NDArray[Any], following: NDArray[np.int64], unembedding: Unembedding, top: int
+) -> tuple[NDArray[Any], ...]:
+    """One block: resid [..., token, d_model] and following [token] or its broadcast, as torch sees it, some rows at a
+    time.
+    """
     import torch
 
     lead = resid.shape[:-1]
-    rows = torch.from_numpy(np.ascontiguousarray(resid, dtype=np.float32)).reshape(-1, resid.shape[-1])
-    wanted = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(following, lead))).reshape(-1)
-    parts = [_lens_rows(some, want, unembedding, top) for some, want in zip(*(x.split(max(1, AT_ONCE // unembedding.d_vocab)) for x in (rows, wanted)), strict=True)]
-    ids, probabilities, rank, log_probability = (torch.cat(column).numpy() for column in zip(*parts, strict=True)) if parts else _nothing(top)
+    rows = torch.from_numpy(np.array(resid, dtype=np.float32, order="C")).reshape(-1, resid.shape[-1])
+    wanted = torch.from_numpy(np.array(np.broadcast_to(following, lead))).reshape(-1)
+    parts = [
+        _lens_rows(some, want, unembedding, top)
+        for some, want in zip(
+            *(x.split(max(1, AT_ONCE // unembedding.weight.shape[0])) for x in (rows, wanted)), strict=True
+        )
+    ]
+    ids, probabilities, rank, log_probability = (
+        (torch.cat(column).numpy() for column in zip(*parts, strict=True)) if parts else _nothing(top)
+    )
     return ids.reshape(*lead, top), probabilities.reshape(*lead, top), rank.reshape(lead), log_probability.reshape(lead)
 
 
@@ -88,7 +110,7 @@ def _lens_rows(resid: Any, following: Any, unembedding: Unembedding, top: int) -
     import torch
 
     with torch.inference_mode():
-        device = unembedding.W_U.device
+        device = unembedding.weight.device
         logits = unembedding.logits(resid.to(device)).cpu()
         normalizer = logits.logsumexp(-1, keepdim=True)
         strongest = logits.topk(top)
@@ -100,4 +122,9 @@ def _lens_rows(resid: Any, following: Any, unembedding: Unembedding, top: int) -
 
 
 def _nothing(top: int) -> tuple[NDArray[Any], ...]:
-    return np.empty((0, top), np.int32), np.empty((0, top), np.float32), np.empty(0, np.float32), np.empty(0, np.float32)
+    return (
+        np.empty((0, top), np.int32),
+        np.empty((0, top), np.float32),
+        np.empty(0, np.float32),
+        np.empty(0, np.float32),
+    )

@@ -156,7 +156,7 @@ def test_any_cut_resumed_and_read_again(
     assert [block.start for block, _ in cut] == [0, *(block.stop for block, _ in cut[:-1])]
     assert cut[-1][0].stop == len(data)
     assert [block.last for block, _ in cut] == [False] * (len(cut) - 1) + [True]
-    longest = max((len(line) + 1 for line in raw), default=0)
+    longest = max((len(line) + 1 for line in raw), default=1)
     assert all(block.stop - block.start < block_bytes + longest for block, _ in cut)
     for i, (block, documents) in enumerate(cut):
         assert Block(**json.loads(json.dumps(asdict(block)))) == block
@@ -238,7 +238,7 @@ def test_a_block_of_another_file_is_refused(tmp_path: Path) -> None:
     corpus = one(tmp_path, "a.jsonl", jsonl(TEXTS))
     one(tmp_path, "b.jsonl", jsonl(TEXTS))
     [(block, _)] = corpus.blocks("a.jsonl")
-    with pytest.raises(CorpusError, match="cannot continue b.jsonl behind a block of a.jsonl"):
+    with pytest.raises(CorpusError, match=r"cannot continue b\.jsonl behind a block of a\.jsonl"):
         list(corpus.blocks("b.jsonl", after=block))
 
 
@@ -290,8 +290,8 @@ def test_names_are_relative_to_the_root(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ((), "names no files"),
-        (("b.jsonl",), r"b.jsonl does not exist\. Did you mean 'a.jsonl'\?"),
-        (("no/b.jsonl",), "no/b.jsonl does not exist$"),
+        (("b.jsonl",), r"b.jsonl does not exist; paths are taken below the root .*\. Did you mean 'a.jsonl'\?"),
+        (("no/b.jsonl",), r"no/b.jsonl does not exist; .*\.$"),
         (("b*.jsonl",), r"the glob 'b\*.jsonl' matches no file below"),
         (("a.jsonl", "*.jsonl"), r"a.jsonl is named twice, by 'a.jsonl' and by '\*.jsonl'"),
         (("a.jsonl", "./a.jsonl"), "named twice"),
@@ -310,7 +310,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, files: tuple[str,
 
 
 def test_a_string_is_no_tuple_of_files() -> None:
-    with pytest.raises(CorpusError, match="expected paths or globs in a tuple"):
+    with pytest.raises(CorpusError, match="expected a tuple of paths or globs"):
         Corpus(files="a.jsonl", root=".")  # type: ignore[arg-type]
 
 

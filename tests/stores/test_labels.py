@@ -129,6 +129,30 @@ def test_any_selection_of_any_selection_is_what_masks_select(lengths: Any, data:
 EXAMPLE = ([4, 4, 2], [3, 0, 5, 2])
 
 
+def test_every_label_of_every_slice_is_found_or_missing() -> None:
+    index, table = dataset(*EXAMPLE).xindexes["document"], expand(*EXAMPLE)
+    edges = [None, 0, 1, 3, 4, 6, 9]
+    for start, stop, step in itertools.product(edges, edges, [1, 2, 3, -1, -2, -3]):
+        part, left = index.isel({"token": slice(start, stop, step)}), table.iloc[start:stop:step]
+        assert part is not None
+        for level, label in itertools.product(LEVELS, range(-1, 6)):
+            expected = np.flatnonzero(left[level] == label)
+            if len(expected) == 0:
+                for missing in (label, [label], [*sorted(set(left[level])), label]):
+                    with pytest.raises(KeyError):
+                        part.sel({level: missing})
+                continue
+            key = part.sel({level: label}).dim_indexers["token"]
+            found = np.arange(len(left))[key]
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_positions_that_only_look_contiguous_stay_in_order() -> None:
+    ds, table = dataset(*EXAMPLE), expand(*EXAMPLE)
+    order = np.array([2, 4, 3, 5])
+    assert_labels(ds.isel(token=order), table.iloc[order])
+
+
 def test_a_contiguous_selection_is_a_basic_slice() -> None:
     index = dataset(*EXAMPLE).xindexes["document"]
     for labels, expected in [
@@ -150,6 +174,7 @@ def test_one_token_keeps_the_dimension() -> None:
 def test_lists_give_their_own_order_and_repeat() -> None:
     ds = dataset(*EXAMPLE)
     assert ds.sel(sequence=[2, 0, 2]).value.values.tolist() == [8, 9, 0, 1, 2, 3, 8, 9]
+    assert ds.sel(sequence=[2, 2]).value.values.tolist() == [8, 9, 8, 9]
     assert ds.sel(position=[1, 0]).sequence.values.tolist() == [0, 0, 1, 1, 2, 2]
     assert ds.sel(position=[1, 0]).position.values.tolist() == [1, 0, 1, 0, 1, 0]
 
