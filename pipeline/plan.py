@@ -65,14 +65,18 @@ class Step:
 
     def open(self) -> Store:
         """The step's store, made if it is not there. FingerprintMismatch if another recipe made it."""
-        return Store.create(self.folder, self.schema, self.fingerprint, self.payload)
+        return Store.create(self.folder, self.schema, self.fingerprint, self._provenance)
+
+    @property
+    def _provenance(self) -> dict[str, Any]:
+        return {"determines": dict(self.payload), **self.stage.about(), "versions": versions()}
 
     def check_store(self) -> None:
         """FingerprintMismatch if there is a store that another recipe made."""
         if (self.folder / DATA).exists():
             store = Store.open(self.folder)
             if store.fingerprint != self.fingerprint:
-                raise mismatch(store, self.fingerprint, self.payload)
+                raise mismatch(store, self.fingerprint, self._provenance)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,9 @@ class Capture(Stage):
             by_kind[point.kind].append(point)
         return {kind: tuple(points) for kind, points in by_kind.items()}
 
+    def about(self) -> dict[str, Any]:
+        return {"model": self.model.about()}
+
     def schema(self, source: Schema) -> Schema:
         """One group a kind of hook point: `value[layer, token, …]`, or `value[layer, sequence, …]` for attention
         patterns and scores.

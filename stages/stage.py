@@ -62,6 +62,10 @@ class Stage(ABC):
         """What else can change a bit of the output: libraries, kind of device. Part of the fingerprint."""
         return {}
 
+    def about(self) -> dict[str, Any]:
+        """What a reader of the store will want to know beyond what determines its values: names, not hashes."""
+        return {}
+
     def parameters(self) -> dict[str, Any]:
         """The fields as JSON values: the recipe's table, complete."""
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]

@@ -36,6 +36,10 @@ class ModelSource:
     def open(self) -> Checkpoint:
         return open_checkpoint(self.source, self.revision)
 
+    def about(self) -> dict[str, Any]:
+        """Its name, and the commit that a hub model's revision stands for."""
+        return {"source": self.source, "revision": self.open().revision}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenize(Stage):
@@ -88,6 +92,9 @@ class Tokenize(Stage):
     def identity(self) -> dict[str, Any]:
         """The hash of the tokenizer itself, wherever it comes from."""
         return {"tokenizer": fingerprint(self.tokenizer(self.model.open()).to_str())}
+
+    def about(self) -> dict[str, Any]:
+        return {"model": self.model.about()}
 
     def schema(self, source: Schema) -> Schema:
         """Sizes and labels of the tokens, from the documents' counts. SchemaError names a document that is too long."""

@@ -83,7 +83,8 @@ class Documents:
 
     @cached_property
     def _records(self) -> list[Record]:
-        return [self.ledger.record(index) for index in sorted(self.ledger.done())]
+        records = (self.ledger.record(index) for index in sorted(self.ledger.done()))
+        return [record for record in records if record["fingerprint"] == self.fingerprint]
 
     @cached_property
     def _first(self) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -82,6 +82,8 @@ class Store:
     def create(cls, folder: Path, schema: Schema, fingerprint: str, provenance: Mapping[str, Any]) -> Store:
         """Makes an empty store, or joins the one that is there. Any number of processes may do so at once.
 
+        `provenance["determines"]` is everything that determines the values, of which `fingerprint` is the hash.
+
         FingerprintMismatch names what differs if the store there was made by another recipe.
         """
         header = Header(schema, fingerprint, provenance)
@@ -195,7 +197,7 @@ class Store:
 
 def mismatch(store: Store, fingerprint: str, provenance: Mapping[str, Any]) -> FingerprintMismatch:
     """The refusal of a store that another recipe made: both fingerprints, and what differs where provenance tells."""
-    lines = differences(provenance, store.header.provenance)
+    lines = differences(provenance["determines"], store.header.provenance["determines"])
     return FingerprintMismatch(
         f"{store.path.parent} was made by another recipe: its fingerprint is {store.fingerprint[:12]}, this recipe "
         f"gives {fingerprint[:12]}."

@@ -77,7 +77,7 @@ def _unembedding(folder: Path, run: xr.DataTree) -> Any:
     """The unembedding of the model that made the run. FingerprintMismatch if its files have changed since."""
     recipe = Recipe.from_json(run.attrs["recipe"])
     checkpoint = recipe.model.open()
-    made_from = run["activations"].attrs["files"]
+    made_from = run["activations"].attrs["determines"]["files"]
     now = [[path.name, digest] for path, digest in sha256_files(checkpoint.files, folder / "files.json").items()]
     if made_from != now:
         raise FingerprintMismatch(

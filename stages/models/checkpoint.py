@@ -44,7 +44,7 @@ class Vocabulary:
 class Checkpoint:
     """An opened checkpoint.
 
-    `source` is what the caller named; `revision` the commit it resolved to on the hub, else None; `files` the files that
+    `source` is what the caller named; `revision` the commit it resolved to on the hub, else None; `files` those that
     determine architecture and weights, for the caller to hash; `spec` the architecture. Made by `open_checkpoint`.
     """
 
@@ -102,9 +102,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.endswith(".gguf") and not text.startswith("."):
         return _open_hub(text, revision)
     else:
-        raise ModelError(
-            f"there is no file or folder {text!r}, and it is no hub id of the form 'org/name' and no 'package:name/file'"
-        )
+        raise ModelError(f"there is no file or folder {text!r}, nor is it a hub id, 'org/name', or 'package:name/file'")
     if revision is not None:
         raise ModelError(f"{text!r} is on this machine and has no revisions, but revision {revision!r} was asked for")
     return _open_path(path, text, None)
@@ -139,7 +137,8 @@ def _in_package(source: str) -> Path:
             return path
     held = [path.name for place in found.submodule_search_locations or () for path in Path(place).glob("*.gguf")]
     raise ModelError(
-        f"the package {package!r} holds no {inside!r}; its .gguf files: {', '.join(held) or 'none'}.{nearest(inside, held)}"
+        f"the package {package!r} holds no {inside!r}; its .gguf files: {', '.join(held) or 'none'}."
+        f"{nearest(inside, held)}"
     )
 
 
@@ -164,13 +163,15 @@ def _open_hub(source: str, revision: str | None) -> Checkpoint:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_HUB_FILES)))
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{at} is gated: accept its terms at https://huggingface.co/{source}, then log in with 'hf auth login' or set HF_TOKEN"
+            f"{at} is gated: accept its terms at https://huggingface.co/{source}, then log in with 'hf auth login' or "
+            "set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{source} has no revision {revision!r} on the hub") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"the hub has no model {source!r}, or it is private: check the spelling, or log in with 'hf auth login' or HF_TOKEN"
+            f"the hub has no model {source!r}, or it is private: check the spelling, or log in with 'hf auth login' or "
+            "set HF_TOKEN"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelError(

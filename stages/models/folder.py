@@ -43,7 +43,7 @@ def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
     def mapped(path: Path) -> Any:
         import safetensors
 
-        return safetensors.safe_open(str(path), framework="pt", device="cpu")  # type: ignore[no-untyped-call]
+        return safetensors.safe_open(str(path), framework="pt", device="cpu")
 
     def read(name: str) -> "torch.Tensor":
         tensor: torch.Tensor = mapped(place[tensor_of[name]]).get_tensor(tensor_of[name])

@@ -31,7 +31,7 @@ class Forward:
     token_ids: Tensor
 
     def __getitem__(self, point: str | HookPoint) -> Tensor:
-        """Give one capture by name or point; its dimensions are `point.dims`. Raises HookError where it was not captured."""
+        """Give one capture by name or point; its dimensions are `point.dims`. Raises HookError for one not captured."""
         wanted = HookPoint.parse(point) if isinstance(point, str) else point
         if wanted not in self.captures:
             names = [str(captured) for captured in self.captures]

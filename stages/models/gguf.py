@@ -42,6 +42,8 @@ _ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
 
 # Metadata that changes no number of a forward pass, or that the tokenizer's reader answers for.
 _ELSEWHERE = ("general.", "tokenizer.", "quantize.", "imatrix.")
+# Settings on which no kind of rotary scaling that is honoured depends.
+_IRRELEVANT = ("llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
 # Settings that are harmless at one value only.
 _ONLY: Mapping[str, Any] = {
     "llama.expert_count": 0,
@@ -62,7 +64,7 @@ class _Metadata:
         self._prefix = f"{container.metadata['general.architecture']}."
         self._taken: set[str] = set()
 
-    def take(self, key: str, kind: type[int] | type[float] | type[str], default: Any = None) -> Any:
+    def take(self, key: str, kind: type[Any], default: Any = None) -> Any:
         self._taken.add(self._prefix + key)
         value = self._values.get(self._prefix + key, default)
         if value is None:
@@ -75,7 +77,7 @@ class _Metadata:
 
     def refuse_the_rest(self) -> None:
         for key in sorted(self._values.keys() - self._taken):
-            if key.startswith(_ELSEWHERE) or (key in _ONLY and self._values[key] == _ONLY[key]):
+            if key.startswith(_ELSEWHERE) or key in _IRRELEVANT or (key in _ONLY and self._values[key] == _ONLY[key]):
                 continue
             raise ModelError(f"{self._path} has the setting {key} = {self._values[key]!r}, which nothing here honours")
 
@@ -87,11 +89,11 @@ def open_gguf(path: Path, source: str) -> Checkpoint:
     tensor that would not be honoured.
     """
     container = read_container(path)
-    architecture = container.metadata.get("general.architecture")
+    architecture = str(container.metadata.get("general.architecture"))
     if architecture not in _ARCHITECTURES:
         raise ModelError(
             f"{path} is of architecture {architecture!r}; GGUF files are read for: {', '.join(_ARCHITECTURES)}."
-            f"{nearest(str(architecture), _ARCHITECTURES)}"
+            f"{nearest(architecture, _ARCHITECTURES)}"
         )
     for name, tensor in container.tensors.items():
         _check_extent(container, name, tensor)
@@ -159,8 +161,6 @@ def _read_rope(metadata: _Metadata, container: Container) -> RopeSpec:
     kind = metadata.take("rope.scaling.type", str, "none")
     factor = metadata.take("rope.scaling.factor", float, 1.0)
     factor *= metadata.take("rope.scale_linear", float, 1.0)  # the older spelling, which had no type
-    metadata.take("rope.scaling.original_context_length", int, 1)  # linear scaling does not depend on these two
-    metadata.take("rope.scaling.finetuned", int, 1)
     if kind not in ("none", "linear"):
         raise ModelError(
             f"{container.path} says llama.rope.scaling.type = {kind!r}; only 'none' and 'linear' can be honoured"
@@ -170,7 +170,7 @@ def _read_rope(metadata: _Metadata, container: Container) -> RopeSpec:
     )
     if divisors and factor != 1.0:
         raise ModelError(
-            f"{container.path} has both {_FREQUENCY_DIVISORS} and a linear scaling of {factor}: only one can be honoured"
+            f"{container.path} has both {_FREQUENCY_DIVISORS} and a linear scaling of {factor}; only one can be"
         )
     if divisors:
         return RopeSpec(base=base, kind="divided", divisors=divisors)

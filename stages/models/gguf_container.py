@@ -24,8 +24,8 @@ _DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One entry of the list of tensors: `shape` as torch would have it (rows first), `kind` the number of the ggml type,
-    `start` the position of its first byte in the file."""
+    """One entry of the list of tensors: `shape` as torch would have it (rows first), `kind` the number of its ggml
+    type, `start` the position of its first byte in the file."""
 
     shape: tuple[int, ...]
     kind: int

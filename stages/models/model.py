@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Unembedding:
     """From the residual stream to logits: the final norm and the unembedding matrix. All a logit lens needs of a model.
 
-    `norm_weight` [d_model]; `weight` [vocab, d_model]; `bias` [vocab] or None; `softcap` c makes logits c·tanh(logits/c).
+    `norm_weight` [d_model]; `weight` [vocab, d_model]; `bias` [vocab] or None; a `softcap` c makes of logits
+    c·tanh(logits / c).
     """
 
     norm_weight: Tensor

@@ -1,8 +1,8 @@
 """The parts of a transformer block as functions of tensors.
 
-Legend, as suffixes: B sequence, T position, D channel (d_model), H query head, K key-value head, G query heads that share
-one key-value head (H = K·G), E head channel (d_head), F hidden channel (d_mlp), Q and S the positions of query and key,
-V vocabulary.
+Legend, as suffixes: B sequence, T position, D channel (d_model), H query head, K key-value head, G the query heads that
+share one key-value head (H = K·G), E head channel (d_head), e = E / 2 pairs of head channels, F hidden channel (d_mlp),
+Q and S the positions of query and key.
 
 Each takes `at`, the taps that lie in it by kind. A point is looked up, never called, unless something is registered.
 """
@@ -58,7 +58,7 @@ class Rotation:
     """Cosines and sines of the angles by which pairs of head channels turn at each position."""
 
     cos_TE: Tensor
-    sin_Te: Tensor  # e = E / 2: one a pair
+    sin_Te: Tensor
 
 
 def inverse_frequencies(rope: RopeSpec, d_head: int) -> Tensor:
@@ -109,8 +109,8 @@ def attention(x_BTD: Tensor, w: BlockWeights, spec: ModelSpec, by: Rotation, at:
     if "attn.hook_in" in at:
         x_BTD = at["attn.hook_in"](x_BTD)
     heads, keys = spec.n_heads, spec.n_kv_heads
-    qkv = F.linear(x_BTD, w.qkv, w.qkv_bias).unflatten(-1, (heads + 2 * keys, spec.d_head))
-    q_BTHE, k_BTKE, v_BTKE = qkv.split((heads, keys, keys), -2)
+    fused_BTHE = F.linear(x_BTD, w.qkv, w.qkv_bias).view(*x_BTD.shape[:2], heads + 2 * keys, spec.d_head)
+    q_BTHE, k_BTKE, v_BTKE = torch.split(fused_BTHE, [heads, keys, keys], -2)
     if "attn.hook_q" in at:
         q_BTHE = at["attn.hook_q"](q_BTHE)
     if "attn.hook_k" in at:
@@ -147,12 +147,13 @@ def _attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, spec: ModelSpec, at:
 
 def _attend_explicitly(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, spec: ModelSpec, at: At) -> Tensor:
     """The same with scores and pattern at hand. Softmax in float32; agrees with the fused kernel up to rounding."""
-    n_positions, shared = q_BTHE.shape[1], spec.n_heads // spec.n_kv_heads
-    q_BKGQE = q_BTHE.transpose(1, 2).unflatten(1, (spec.n_kv_heads, shared))
-    k_BKES = k_BTKE.permute(0, 2, 3, 1)
-    # The G queries of a key-value head are laid end to end, so that keys and values are never repeated.
-    scores_BHQS = (q_BKGQE.flatten(2, 3) @ k_BKES).reshape(-1, spec.n_heads, n_positions, n_positions)
-    hidden_QS = torch.ones(n_positions, n_positions, dtype=torch.bool, device=q_BTHE.device).triu(1)
+    n_sequences, n_positions = q_BTHE.shape[:2]
+    edges = (n_sequences, spec.n_heads, n_positions, n_positions)
+    # The G query heads of a key-value head are laid end to end, so that keys and values are never repeated.
+    grouped = (n_sequences, spec.n_kv_heads, -1)
+    queries_BKxE = q_BTHE.transpose(1, 2).reshape(*grouped, spec.d_head)
+    scores_BHQS = (queries_BKxE @ k_BTKE.permute(0, 2, 3, 1)).view(edges)
+    hidden_QS = torch.ones(edges[2:], dtype=torch.bool, device=q_BTHE.device).triu(1)
     scores_BHQS = (scores_BHQS * spec.d_head**-0.5).masked_fill(hidden_QS, -torch.inf)
     if "attn.hook_attn_scores" in at:
         scores_BHQS = at["attn.hook_attn_scores"](scores_BHQS)
@@ -162,13 +163,13 @@ def _attend_explicitly(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, spec: Mod
         pattern_BHQS = pattern_BHQS.masked_fill((scores_BHQS == -torch.inf).all(-1, keepdim=True), 0.0)
     if "attn.hook_pattern" in at:
         pattern_BHQS = at["attn.hook_pattern"](pattern_BHQS)
-    z_BKGQE = pattern_BHQS.unflatten(1, (spec.n_kv_heads, shared)).flatten(2, 3) @ v_BTKE.transpose(1, 2)
-    return z_BKGQE.reshape(-1, spec.n_heads, n_positions, spec.d_head).transpose(1, 2)
+    z_BKxE = pattern_BHQS.reshape(*grouped, n_positions) @ v_BTKE.transpose(1, 2)
+    return z_BKxE.view(n_sequences, spec.n_heads, n_positions, spec.d_head).transpose(1, 2)
 
 
 def _merge_heads(z_BTHE: Tensor, w: BlockWeights, at: At) -> Tensor:
     if "attn.hook_result" in at:
-        out_DHE = w.out.unflatten(1, z_BTHE.shape[-2:])
+        out_DHE = w.out.view(-1, *z_BTHE.shape[-2:])
         result_BTHD = at["attn.hook_result"](torch.einsum("bthe,dhe->bthd", z_BTHE, out_DHE))
         if changes(at, "attn.hook_result"):
             out_BTD = result_BTHD.sum(-2)

@@ -109,7 +109,7 @@ def _weight_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType(shapes)
 
 
-def _block_shapes(spec) -> dict[str, tuple[int, ...]]:
+def _block_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
     matrices = {  # name: (out, in, whether it has a bias)
         "attn.q": (queries, spec.d_model, spec.qkv_bias),

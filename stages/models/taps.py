@@ -16,12 +16,12 @@ from .points import HookPoint, expand
 from .spec import ModelSpec
 
 Intervention: TypeAlias = Callable[[Tensor, HookPoint], Tensor]
-"""From the value at a point, and the point, to the value that flows on: same shape, dtype and device. It is given a copy
-of its own, which it may change in place."""
+"""From the value at a point, and the point, to the value that flows on: same shape, dtype and device. It is given a
+copy of its own, which it may change in place."""
 
 Sink: TypeAlias = Callable[[HookPoint, Tensor], None]
-"""Takes captures as they happen, in firing order. The forward never writes to a tensor that it has handed out; it may read
-it again, so a sink must not write to it either."""
+"""Takes captures as they happen, in firing order. The forward never writes to a tensor that it has handed out; it may
+read it again, so a sink must not write to it either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,16 +103,16 @@ class Tap:
             if got != expected:
                 dims = ", ".join(self._point.dims)
                 raise HookError(
-                    f"the intervention at {self._point} gave a tensor of {what} {got}; what arrived, [{dims}], has {expected}"
+                    f"the intervention at {self._point} gave a tensor of {what} {got}; what arrived there, [{dims}], "
+                    f"has {expected}"
                 )
         return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taps:
-    """The taps of one forward: `blocks[layer]` maps kinds to the taps of a block (empty for most), `top` the global ones.
-
-    `last` is the point after which nothing more is needed; None where the logits are.
+    """The taps of one forward: `blocks[layer]` maps kinds to the taps of a block (empty for most), `top` the global
+    ones. `last` is the point after which nothing more is needed; None where the logits are.
     """
 
     blocks: tuple[Mapping[str, Tap], ...]

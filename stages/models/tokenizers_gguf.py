@@ -58,11 +58,12 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary:
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ModelError(f"{path} has a tokenizer of the kind {kind!r}; only 'gpt2', byte-level BPE, can be read")
-    name = metadata.get("tokenizer.ggml.pre")
+    name = str(metadata.get("tokenizer.ggml.pre"))
     if name not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise ModelError(
-            f"{path} cuts text in the way {name!r} (tokenizer.ggml.pre); known ones: {known}.{nearest(str(name), _PRE_TOKENIZERS)}"
+            f"{path} cuts text in the way {name!r} (tokenizer.ggml.pre); known ones: {known}."
+            f"{nearest(name, _PRE_TOKENIZERS)}"
         )
     pre = _PRE_TOKENIZERS[name]
     special = SpecialTokens(

@@ -15,7 +15,8 @@ from .checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWeights:
-    """The weights of one block. Matrices are [out, in]; D channel, H query heads, K key heads, E head channel, F hidden.
+    """The weights of one block. Matrices are [out, in]; D channel, H query heads, K key heads, E head channel,
+    F hidden channel.
 
     `qkv` [(H + 2K)·E, D] holds the rows of q, k and v in this order, `gate_up` [2F, D] those of gate and up.
     """
@@ -84,6 +85,6 @@ def read_tensor(checkpoint: Checkpoint, names: Sequence[str], device: torch.devi
     shapes = [checkpoint.spec.weight_shapes()[name] for name in names]
     rows = [shape[0] for shape in shapes]
     fused = torch.empty((sum(rows), *shapes[0][1:]), device=device, dtype=dtype)
-    for part, name in zip(fused.split(rows), names, strict=True):
+    for part, name in zip(torch.split(fused, rows), names, strict=True):
         part.copy_(checkpoint.read(name))
     return fused

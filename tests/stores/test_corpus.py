@@ -336,6 +336,7 @@ GOOD = b'{"text": "good"}\n'  # 17 bytes
             '{"text": "ö" 1}'.encode(),
             r"a.jsonl:3 \(byte 48\) is not JSON: Expecting ',' delimiter; expected one JSON ob",
         ),
+        (b'\xef\xbb\xbf{"text": "a"}', r"a.jsonl:3 \(byte 34\) is not JSON: Unexpected UTF-8 BOM"),
         (b"[1, 2]", r"a.jsonl:3 \(byte 34\) is a JSON list; .*jq -c"),
         (b"7", r"a.jsonl:3 \(byte 34\) is a JSON int; expected one JSON object a line$"),
         (

@@ -147,6 +147,14 @@ def test_every_label_of_every_slice_is_found_or_missing() -> None:
             np.testing.assert_array_equal(found, expected)
 
 
+def test_slices_include_their_stop() -> None:
+    ds = dataset(*EXAMPLE)
+    assert ds.sel(document=slice(1, 2)).value.values.tolist() == [3, 4, 5, 6, 7]
+    assert ds.sel(sequence=slice(1, 1), position=slice(2, None)).value.values.tolist() == [6, 7]
+    assert ds.sel(document=2, position=slice(0, 1)).value.values.tolist() == [4, 5]
+    assert ds.sel(sequence=slice(-5, 0)).value.values.tolist() == [0, 1, 2, 3]
+
+
 def test_positions_that_only_look_contiguous_stay_in_order() -> None:
     ds, table = dataset(*EXAMPLE), expand(*EXAMPLE)
     order = np.array([2, 4, 3, 5])

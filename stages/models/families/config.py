@@ -1,4 +1,4 @@
-"""Reading a config.json so that nothing in it is passed over: every key is honoured, known not to matter, or refused."""
+"""Reading a config.json with nothing passed over: every key is honoured, known not to matter, or refused."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -7,73 +7,24 @@ from ..errors import ModelError, nearest
 from ..spec import RopeSpec
 
 # Keys that any transformers configuration may carry and that change no number of a forward pass at inference.
-_IRRELEVANT = frozenset(
-    [
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "_commit_hash",
-        "architectures",
-        "auto_map",
-        "model_type",
-        "transformers_version",
-        "transformers.js_config",
-        "torch_dtype",
-        "dtype",
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "unsloth_fixed",
-        "unsloth_version",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "tokenizer_class",
-        "prefix",
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict_in_generate",
-        "output_scores",
-        "initializer_range",
-        "attention_dropout",
-        "hidden_dropout",
-        "pretraining_tp",
-        "chunk_size_feed_forward",
-        "finetuning_task",
-        "task_specific_params",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "remove_invalid_values",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-    ]
-)
+_ABOUT_THE_FILE = """
+    _attn_implementation _attn_implementation_autoset _name_or_path _commit_hash architectures model_type
+    transformers_version transformers.js_config torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss
+    unsloth_fixed unsloth_version tokenizer_class prefix
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp
+"""
+_ABOUT_TRAINING = """
+    initializer_range attention_dropout hidden_dropout finetuning_task task_specific_params problem_type
+    id2label label2id num_labels
+"""
+_ABOUT_GENERATION = """
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens remove_invalid_values return_dict_in_generate output_scores
+"""
+_IRRELEVANT = frozenset((_ABOUT_THE_FILE + _ABOUT_TRAINING + _ABOUT_GENERATION).split())
 
 # Keys that are harmless at one value only: any other would ask for something that no forward here does.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -180,9 +131,7 @@ def read_rope(config: Config, *, default_base: float, n_ctx: int) -> RopeSpec:
     tables = [config.table("rope_scaling"), config.table("rope_parameters")]
     specs = [_rope(table, base, n_ctx) for table in tables if table is not None]
     if len(specs) == 2 and specs[0] != specs[1]:
-        raise ModelError(
-            f"the two spellings of the rotary settings disagree: rope_scaling says {specs[0]}, rope_parameters {specs[1]}"
-        )
+        raise ModelError(f"the rotary settings disagree: rope_scaling gives {specs[0]}, rope_parameters {specs[1]}")
     return specs[0] if specs else RopeSpec(base=base)
 
 

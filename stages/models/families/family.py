@@ -1,4 +1,4 @@
-"""What one model family is: how its config.json reads and what its tensors are called. Data, and two functions over it."""
+"""What one model family is: how its config.json reads and what its tensors are called."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
