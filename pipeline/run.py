@@ -37,6 +37,10 @@ COMPLETE, FAILED, INTERRUPTED = 0, 1, 75
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+class Stopped(Exception):
+    """Raised between two blocks of the corpus when the run is to stop; caught in `run`."""
+
+
 @dataclass
 class StepOutcome:
     """What a run did for one step: tokens computed and bytes written by this run, wall `seconds` (loading left out).
@@ -83,7 +87,17 @@ def run(
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     progress = progress or Quiet()
     with stop_on_signals() as stop, progress:
-        plan = make_plan(recipe, default_folder(recipe, folder), resolve_device(device), progress.counted)
+        where = default_folder(recipe, folder)
+
+        def counted(documents: int, characters: int) -> None:
+            progress.counted(documents, characters)
+            if stop.is_set():
+                raise Stopped
+
+        try:
+            plan = make_plan(recipe, where, resolve_device(device), counted)
+        except Stopped:
+            return Outcome(where, (), True)
         plan.check_space()
         plan.save()
         steps: list[StepOutcome] = []

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Puts a file whole or not at all: written aside, made durable, renamed into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Writers on several machines, or in several containers, may share their process id.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -75,12 +77,15 @@ class Ledger:
 
     def failed(self) -> dict[int, int]:
         """Failed attempts by unit, of units that are not done."""
+        attempts, done = self._attempts(), self.done()
+        return {unit: count for unit, count in sorted(attempts.items()) if unit not in done}
+
+    def _attempts(self) -> dict[int, int]:
         attempts: dict[int, int] = {}
         for name in _names(self.failed_folder):
             if match := FAILED.fullmatch(name):
                 attempts[int(match[1])] = max(attempts.get(int(match[1]), 0), int(match[2]))
-        done = self.done()
-        return {unit: count for unit, count in sorted(attempts.items()) if unit not in done}
+        return attempts
 
     def record(self, index: int) -> Record:
         """The record of a finished unit. CorruptStore if it cannot be read as one."""
@@ -98,7 +103,7 @@ class Ledger:
     def fail(self, index: int, error: BaseException, about: Record) -> Path:
         """Records a failed attempt with its traceback and gives the record's path."""
         self.failed_folder.mkdir(parents=True, exist_ok=True)
-        path = self.failed_folder / f"{index:06d}.{self.failed().get(index, 0) + 1}.json"
+        path = self.failed_folder / f"{index:06d}.{self._attempts().get(index, 0) + 1}.json"
         text = "".join(traceback.format_exception(error))
         write_atomic(path, json.dumps({**about, "error": repr(error), "traceback": text}, indent=1).encode())
         return path

@@ -88,7 +88,13 @@ class Store:
         """
         header = Header(schema, fingerprint, provenance)
         path = folder / DATA
+        recorded = Ledger(folder).done()  # before the look at the data, which are there before any record
         if not path.exists():
+            if recorded:
+                raise CorruptStore(
+                    f"{folder} has records of {len(recorded)} units, but {path} with their data is gone. Restore it, "
+                    f"or delete {folder} to compute it anew"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             aside = folder / f".{DATA}.{uuid.uuid4().hex}"
             try:
@@ -108,11 +114,13 @@ class Store:
     @cached_property
     def labels(self) -> dict[str, tuple[tuple[str, ...], NDArray[Any]]]:
         """Where sequences and documents start, and which layers there are: path → (dims, values), in memory."""
-        root = self._root("r")
         found = {}
-        for path, node in _arrays_below(root):
+        for path, node in sorted(_arrays_below(self._root("r"))):
             if path not in self.schema.arrays:
-                found[path] = (tuple(node.metadata.dimension_names), np.asarray(node[...]))
+                values = np.asarray(node[...])
+                # numpy's own strings cannot be masked or joined with anything else, Python's can
+                values = values.astype(object) if values.dtype.kind == "T" else values
+                found[path] = (tuple(node.metadata.dimension_names), values)
         return found
 
     @cached_property
@@ -139,7 +147,8 @@ class Store:
     def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> None:
         """Writes whole shards: `values` are the `rows` of the array, in their kept form. The objects must not exist."""
         array = self.schema.arrays[path]
-        target = self._root("r+")[path]
+        # Else a shard whose cells all equal the fill value would be left out, and its unit have no object to record.
+        target = self._root("r+")[path].with_config({"write_empty_chunks": True})
         where = [rows.get(dim, slice(0, size)) for dim, size in zip(array.dims, array.shape, strict=True)]
         if array.dims[0] != "layer":
             target[tuple(where)] = values
@@ -191,8 +200,7 @@ class Store:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _root(self, mode: Any) -> Any:
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
+        return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
 
 
 def mismatch(store: Store, fingerprint: str, provenance: Mapping[str, Any]) -> FingerprintMismatch:

@@ -19,6 +19,7 @@ from .grid import Grid
 from .labels import token_coords
 from .ledger import read_json
 from .schema import Array
+from .selections import tokens_at
 from .store import DATA, Store
 
 MOST_CHUNKS = 10_000
@@ -70,15 +71,15 @@ class DoneMask(BackendArray):
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[np.bool_]:
-        (part,) = key
-        tokens = (
-            np.arange(self.grid.size)[part] if not isinstance(part, slice) else np.arange(*part.indices(self.grid.size))
-        )
+        tokens = np.asarray(tokens_at(range(self.grid.size), key[0]), dtype=np.int64)
         return np.isin(tokens // self.grid.step, self.done)
 
 
 def open_store(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chunks = "auto") -> xr.DataTree:
     """One step's store as a lazy DataTree, labelled with `sequence`, `position`, `document` on `token` and `layer`.
+
+    The groups of the store are its nodes, beside `sequences` and `documents`; arrays without a group are in a node named
+    by the store's kind, as in `open_store("run/tokens")["tokens"]`.
 
     `chunks="auto"` gives dask arrays in chunks of whole shards; None gives xarray's own lazy indexing, which is quicker
     for small looks. bfloat16 reads as float32, exactly. Nothing is computed. IncompleteStore unless every unit is
@@ -86,15 +87,19 @@ def open_store(path: str | os.PathLike[str], *, partial: bool = False, chunks: C
     SchemaError for what is no store.
     """
     store = Store.open(path)
-    return xr.DataTree.from_dict(_nodes(store, partial, chunks), name=store.name)
+    nodes = _nodes(store, partial, chunks)
+    if nodes["/"].dims:
+        # Coordinates are inherited, and `sequence` of each token cannot be what the table of sequences is labelled with.
+        nodes |= {"/": xr.Dataset(attrs=nodes["/"].attrs), f"/{store.schema.kind}": nodes["/"]}
+    return xr.DataTree.from_dict(nodes, name=store.name)
 
 
 def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chunks = "auto") -> xr.DataTree:
     """A whole run as one lazy DataTree: `tokens`, `sequences`, `documents`, and a node a hook kind under `activations`.
 
     Every node with a `token` axis carries `token_id`, `sequence`, `position` and `document`, so that selections read
-    `run["activations/hook_resid_post"].sel(layer=12, document=7)`. The run's recipe is in `attrs`. Arguments and errors
-    as in `open_store`.
+    `run["activations/hook_resid_post/value"].sel(layer=12, document=7)`. The run's recipe is in `attrs`. Arguments and
+    errors as in `open_store`.
     """
     folder = Path(path)
     stores = list(run_stores(folder))

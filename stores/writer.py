@@ -70,22 +70,17 @@ class UnitWriter:
             self._buffers[path] = np.empty(shape, dtype=variable.dtype)
             self._filled[path] = np.zeros(own.stop - own.start, dtype=bool)
         buffer = self._buffers[path]
-        labels = variable.indexes[long]
-        start, stop = int(labels[0]) - own.start, int(labels[-1]) + 1 - own.start
+        first, beyond = _rows_of(path, variable, long)
+        start, stop = first - own.start, beyond - own.start
         where = (*(slice(None),) * axis, slice(start, stop))
-        if (
-            start < 0
-            or stop > len(self._filled[path])
-            or stop - start != len(labels)
-            or buffer[where].shape != variable.shape
-        ):
+        if start < 0 or stop > len(self._filled[path]) or buffer[where].shape != variable.shape:
             raise SchemaError(
-                f"{path}: a piece of shape {variable.shape} at {long} {labels[0]}…{labels[-1]} does not fit unit "
+                f"{path}: a piece of shape {variable.shape} at {long} {first}…{beyond - 1} does not fit unit "
                 f"{self.unit.index}, "
                 f"which owns {long} {own.start}…{own.stop - 1} of an array of shape {array.shape}"
             )
         if self._filled[path][start:stop].any():
-            raise SchemaError(f"{path}: {long} {labels[0]}…{labels[-1]} came twice in unit {self.unit.index}")
+            raise SchemaError(f"{path}: {long} {first}…{beyond - 1} came twice in unit {self.unit.index}")
         buffer[where] = variable.values
         self._filled[path][start:stop] = True
 
@@ -153,6 +148,20 @@ class UnitWriter:
             f"({error.strerror}). {len(self.store.ledger.done())} units are recorded and safe. Free some space and "
             "run again"
         )
+
+
+def _rows_of(path: str, variable: xr.DataArray, long: str) -> tuple[int, int]:
+    """First and last row plus one of a piece along its long axis. SchemaError if it does not say which, one by one."""
+    if long not in variable.indexes:
+        raise SchemaError(f"{path}: the piece does not say which rows it holds: give it a coordinate on {long}")
+    labels = variable.indexes[long].to_numpy()
+    first = int(labels[0]) if len(labels) else 0
+    if not len(labels) or not np.array_equal(labels, np.arange(first, first + len(labels))):
+        raise SchemaError(
+            f"{path}: a piece holds consecutive rows, at least one; its coordinate on {long} is {labels[:6]}"
+            + ("…" if len(labels) > 6 else "")
+        )
+    return first, first + len(labels)
 
 
 def encode_values(values: NDArray[Any], dtype: str) -> NDArray[Any]:

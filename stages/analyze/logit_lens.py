@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -57,13 +58,28 @@ def logit_lens(activations: xr.Dataset, unembedding: Unembedding, *, top: int = 
 
 def next_tokens(activations: xr.Dataset) -> xr.DataArray:
     """The token that really follows each token, in its own sequence and next to it in the selection; -1 where there is
-    none. int64.
+    none. int64, read chunk by chunk when asked for where `value` is lazy.
     """
-    ids = np.asarray(activations["token_id"].values, dtype=np.int64)
-    sequence, position = activations["sequence"].values, activations["position"].values
+    labels = activations[["token_id", "sequence", "position"]]
+    chunks = activations["value"].chunksizes.get("token") if "value" in activations else None
+    if chunks is None:
+        return xr.DataArray(_following(labels, 0, activations.sizes["token"]), dims="token")
+
+    def read(block_info: Any = None) -> NDArray[np.int64]:
+        ((start, stop),) = block_info[None]["array-location"]
+        return _following(labels, start, stop)
+
+    lazy = da.map_blocks(read, chunks=(chunks,), dtype=np.int64, meta=np.empty(0, dtype=np.int64))
+    return xr.DataArray(lazy, dims="token")
+
+
+def _following(labels: xr.Dataset, start: int, stop: int) -> NDArray[np.int64]:
+    """The next tokens of tokens [start, stop), one more being read where there is one."""
+    part = labels.isel(token=slice(start, stop + 1))
+    ids, sequence, position = (part[name].values.astype(np.int64) for name in ("token_id", "sequence", "position"))
     follows = (np.diff(sequence) == 0) & (np.diff(position) == 1)
-    found = np.where(follows, ids[1:], -1) if len(ids) > 1 else np.empty(0, dtype=np.int64)
-    return xr.DataArray(np.append(found, [-1] * min(1, len(ids))).astype(np.int64), dims="token")
+    found = np.where(follows, ids[1:], -1)
+    return found if len(found) == stop - start else np.append(found, [-1] * (stop - start - len(found)))
 
 
 def _checked(activations: xr.Dataset, unembedding: Unembedding) -> xr.DataArray:

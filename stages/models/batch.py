@@ -15,7 +15,7 @@ from .errors import ModelError
 from .spec import ModelSpec
 
 TokenIds: TypeAlias = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
-"""Integers [sequence, position], or a list of sequences whose lengths may differ."""
+"""Integers [sequence, position], or a list of sequences (lists, tensors or arrays) whose lengths may differ."""
 
 _PADDING = 0
 
@@ -55,7 +55,7 @@ def _rows(token_ids: TokenIds) -> list[Tensor]:
         if isinstance(row, int) or (isinstance(row, Tensor) and row.dim() != 1):
             raise ModelError("token ids must be [sequence, position]: for one sequence of ids, write [ids]")
         try:
-            rows.append(row if isinstance(row, Tensor) else torch.tensor(row, dtype=None if row else torch.int64))
+            rows.append(row if isinstance(row, Tensor) else torch.tensor(row, dtype=None if len(row) else torch.int64))
         except (TypeError, ValueError) as error:
             raise ModelError(f"sequence {index} of the batch is no list of token ids: {error}") from error
     return rows

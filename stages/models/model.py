@@ -72,7 +72,7 @@ class Model:
     """A model on a device in a dtype. Usually made by `load_model`; `checkpoint` is where its tokenizer comes from."""
 
     spec: ModelSpec
-    weights: Weights
+    weights: Weights = field(repr=False)
     device: torch.device
     dtype: torch.dtype
     checkpoint: Checkpoint | None = field(default=None, repr=False)
