@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ...stages.models.spec import ModelSpec
     from ..run import Outcome
 
+WIDE = 200
+"""Columns of a table that goes into a file or a pipe, where there is no edge to wrap at."""
+
 
 def size(nbytes: float) -> str:
     """Bytes as a person reads them, in powers of 1000: '1.3 GB'."""
@@ -58,21 +61,22 @@ def status_table(steps: Iterable[StepStatus]) -> RenderableType:
 
 def lens_table(lens: xr.Dataset, decode: Mapping[int, str]) -> RenderableType:
     """The logit lens: a row a token, two columns a layer (top token with its probability, rank of the next token)."""
-    layers = lens["layer"].values
+    layers = lens["layer"].values if "layer" in lens.dims else [None]
+    lens = lens if "layer" in lens.dims else lens.expand_dims("layer")
     table = Table(box=None, pad_edge=False)
-    table.add_column("pos", justify="right")
-    table.add_column("token")
+    for name in ("seq", "pos", "token"):
+        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
     for layer in layers:
-        table.add_column(f"layer {layer}")
-        table.add_column("rank", justify="right")
-    table.add_column("next")
+        table.add_column("lens" if layer is None else f"layer {layer}", no_wrap=True)
+        table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("next", no_wrap=True)
     for i in range(lens.sizes["token"]):
         row = lens.isel(token=i)
-        cells = [str(int(row["position"])), show(decode, int(row["token_id"]))]
+        cells = [str(int(row["sequence"])), str(int(row["position"])), show(decode, int(row["token_id"]))]
         for j in range(len(layers)):
             top = row["top_token_id"].values[j, 0], row["top_probability"].values[j, 0]
             rank = row["next_rank"].values[j]
-            cells += [f"{show(decode, int(top[0]))} {top[1]:.1%}", "–" if rank != rank else f"{int(rank)}"]
+            cells += [f"{show(decode, int(top[0]))} {top[1]:.0%}", "–" if rank != rank else f"{int(rank)}"]
         following = int(row["next_token_id"])
         table.add_row(*cells, "–" if following < 0 else show(decode, following))
     return table
@@ -86,7 +90,8 @@ def show(decode: Mapping[int, str], token_id: int) -> str:
 
 def console(err: bool = False) -> Console:
     """The console of standard output (or error): colours and live bars only where there is a terminal."""
-    return Console(stderr=err)
+    found = Console(stderr=err)
+    return found if found.is_terminal else Console(stderr=err, width=WIDE)
 
 
 def hooks_table(spec: ModelSpec, patterns: Sequence[str]) -> RenderableType:
