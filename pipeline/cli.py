@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from ..stores.store import Store
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -50,6 +53,8 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
             raise Broken(str(error)) from error
         except (ForebayError, ModelError, HookError) as error:
             raise Refusal(str(error)) from error
+        except OSError as error:
+            raise Broken(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
 
     return checked
 
@@ -121,15 +126,24 @@ def status(run: Path) -> None:
     console().print(status_table(read_status(run)))
 
 
+def stores_of(run: Path) -> list[Store]:
+    """The stores of a run. StoreNotFound if there is none, so that a wrong path is not taken for a run that is whole."""
+    from ..stores.errors import StoreNotFound
+    from ..stores.tree import run_stores
+
+    found = list(run_stores(run))
+    if not found:
+        raise StoreNotFound(f"{run} is no run: it holds no store. Give the folder that `forebay run` wrote")
+    return found
+
+
 @main.command()
 @RUN
 @refuse
 def verify(run: Path) -> None:
     """Read everything RUN has recorded again and compare checksums. Exit code 1 if anything is damaged."""
-    from ..stores.tree import run_stores
-
     damaged = 0
-    for store in run_stores(run):
+    for store in stores_of(run):
         wrong = store.verify()
         done = len(store.ledger.done())
         click.echo(
@@ -151,9 +165,7 @@ def verify(run: Path) -> None:
 @refuse
 def repair(run: Path) -> None:
     """Drop the records of RUN's damaged units, so that running the recipe again computes them anew."""
-    from ..stores.tree import run_stores
-
-    for store in run_stores(run):
+    for store in stores_of(run):
         wrong = store.verify()
         for unit in wrong:
             store.ledger.drop(unit)

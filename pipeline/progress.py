@@ -106,7 +106,8 @@ class Lines(Progress):
     def _state(self) -> str:
         left = self.rate.left
         eta = "" if left is None else f", {duration(left)} left"
-        return f"{self.step}: {self.rate.done + self.rate.fresh:,} of {self.rate.n_token:,} tokens, {self.rate.per_second:,.0f} tokens/s{eta}"
+        done, speed = self.rate.done + self.rate.fresh, self.rate.per_second
+        return f"{self.step}: {done:,} of {self.rate.n_token:,} tokens, {speed:,.0f} tokens/s{eta}"
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class Recipe:
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_json` wrote, as it stands in a run's recipe.json."""
         tables = {name: table for name, table in value.items() if name in TABLES}
-        return parse(tables, name=value["name"], folder=Path(value["corpus"]["root"]), file="recipe.json")
+        corpus = {key: entry for key, entry in value["corpus"].items() if key != "root"}
+        folder = Path(value["corpus"]["root"])
+        return parse({**tables, "corpus": corpus}, name=value["name"], folder=folder, file="recipe.json")
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -87,10 +89,10 @@ def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> R
                 f"{file} has no table [{table}]. A recipe needs [corpus], [model] and [tokenize], and [capture] to "
                 "keep activations"
             )
-    corpus = _build(Corpus, {"root": str(folder), **tables["corpus"]}, "corpus", file, hidden=("root",))
+    corpus = _build(Corpus, tables["corpus"], "corpus", file, root=str(folder))
     model = _build(ModelSource, _locate(tables["model"], folder), "model", file)
     stages = tuple(
-        _build(stage, {**tables[verb], "model": dataclasses.asdict(model)}, verb, file, hidden=("model",))
+        _build(stage, tables[verb], verb, file, model=dataclasses.asdict(model))
         for verb, stage in STAGES.items()
         if verb in tables
     )
@@ -107,11 +109,12 @@ def _locate(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return dict(table)
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], table: str, file: str, hidden: tuple[str, ...] = ()) -> Any:
-    names = [field.name for field in dataclasses.fields(cls)]
-    _refuse_unknown(values, names, f"{file}: [{table}] has no key {{!r}}", hidden)
+def _build(cls: type[Any], values: Mapping[str, Any], table: str, file: str, **given: Any) -> Any:
+    """A spec from its table; `given` are the fields that no table may set."""
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in given]
+    _refuse_unknown(values, names, f"{file}: [{table}] has no key {{!r}}")
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps({**values, **given}), strict=True)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(str(part) for part in found['loc']) or table}: {found['msg']}{_given(found)}"
@@ -126,8 +129,7 @@ def _given(found: Mapping[str, Any]) -> str:
     return "" if found["type"] == "missing" else f", not {found['input']!r}"
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: Any, message: str, hidden: tuple[str, ...] = ()) -> None:
-    shown = [name for name in known if name not in hidden]
+def _refuse_unknown(values: Mapping[str, Any], known: Collection[str], message: str) -> None:
     for key in values:
         if key not in known:
-            raise RecipeError(f"{message.format(key)}.{nearest(key, shown)} Known: {', '.join(shown)}")
+            raise RecipeError(f"{message.format(key)}.{nearest(key, known)} Known: {', '.join(known)}")

@@ -45,7 +45,7 @@ class Stopped(Exception):
 class StepOutcome:
     """What a run did for one step: tokens computed and bytes written by this run, wall `seconds` (loading left out).
 
-    `failed` maps a unit to the path of its record.
+    `left` counts the tokens that had no record when the run ended; `failed` maps a unit to the path of its record.
     """
 
     name: str
@@ -53,6 +53,7 @@ class StepOutcome:
     tokens: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    left: int = 0
     failed: dict[int, Path] = field(default_factory=dict)
 
 
@@ -150,6 +151,10 @@ def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOut
             block = ahead
             if following:
                 ahead = reader.submit(_read, step, source, following)
+            if store.ledger.path(unit.index).exists():
+                # Another run of the recipe has recorded it since. Its objects must not be touched again.
+                progress.advance(len(unit))
+                continue
             begun = time.perf_counter()
             try:
                 writer = _compute(apply, block.result(), unit, store, progress, stop)
@@ -165,7 +170,8 @@ def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOut
         if behind:
             _settle(outcome, store, *behind, progress)
     outcome.seconds = time.perf_counter() - started
-    if not step.todo():
+    outcome.left = sum(map(len, step.todo()))
+    if not outcome.left:
         store.sweep()
     return outcome
 

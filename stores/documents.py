@@ -105,7 +105,7 @@ class Documents:
         return Schema(kind="documents", n_token=int(sum(n_token)), unit_tokens=1, arrays={}, labels=labels)
 
     def read(self, span: slice) -> xr.Dataset:
-        """Documents [start, stop) in memory: `text[document]` and `id[document]`, with their numbers as the coordinate."""
+        """Documents [start, stop) in memory: `text[document]` and `id[document]`, their numbers as the coordinate."""
         import pandas as pd
         import xarray as xr
 

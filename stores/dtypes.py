@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,7 @@ def _same(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _plain(dtype: str, missing: int | float) -> Format:
-    return Format(
-        kept=dtype, read=dtype, missing=missing, decode=_same, encode=lambda values: np.asarray(values, dtype)
-    )
+    return Format(dtype, dtype, missing, decode=_same, encode=partial(np.asarray, dtype=dtype))
 
 
 FORMATS: dict[str, Format] = {

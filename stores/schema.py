@@ -168,7 +168,7 @@ def read_header(data: Path) -> Header:
 
 
 def unit_tokens_for(row_bytes: int, context: int) -> int:
-    """Tokens in a unit whose largest shard stays within 64 MiB: `context` times a power of two, at least one context."""
+    """Tokens in a unit whose largest shard stays within 64 MiB: `context` times a power of two, at least once."""
     unit = context
     while 2 * unit * row_bytes <= SHARD_BYTES:
         unit *= 2

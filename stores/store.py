@@ -25,12 +25,12 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
 from .dtypes import format_of
-from .errors import CorruptStore, FingerprintMismatch
+from .errors import CorruptStore, DiskFull, FingerprintMismatch
 from .fingerprint import differences
 from .grid import Unit
 from .ledger import Ledger, sync_folder
 from .schema import LABELS, Array, Header, Schema, read_header
-from .writer import UnitWriter
+from .writer import FULL, UnitWriter
 
 DATA = "data.zarr"
 
@@ -84,7 +84,8 @@ class Store:
 
         `provenance["determines"]` is everything that determines the values, of which `fingerprint` is the hash.
 
-        FingerprintMismatch names what differs if the store there was made by another recipe.
+        FingerprintMismatch names what differs if the store there was made by another recipe; CorruptStore if there are
+        records but no data; DiskFull.
         """
         header = Header(schema, fingerprint, provenance)
         path = folder / DATA
@@ -95,12 +96,16 @@ class Store:
                     f"{folder} has records of {len(recorded)} units, but {path} with their data is gone. Restore it, "
                     f"or delete {folder} to compute it anew"
                 )
-            folder.mkdir(parents=True, exist_ok=True)
             aside = folder / f".{DATA}.{uuid.uuid4().hex}"
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 _lay_out(aside, header)
                 os.rename(aside, path)
             except OSError as error:
+                if error.errno in FULL:
+                    raise DiskFull(
+                        f"no space to make {path} ({error.strerror}). Free some space and run again"
+                    ) from error
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
             finally:

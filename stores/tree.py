@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +26,23 @@ from .store import DATA, Store
 MOST_CHUNKS = 10_000
 """Dask spends about half a millisecond a chunk: larger arrays are opened in chunks of several shards."""
 
+REPAIR = (
+    "`forebay verify` names the damaged objects, `forebay repair` drops their units, and running the recipe again "
+    "computes them anew"
+)
+
 Chunks = Literal["auto"] | None
 
 
 class KeptArray(BackendArray):
-    """One array of a store, read and decoded only where it is indexed."""
+    """One array of a store, read and decoded only where it is indexed.
 
-    def __init__(self, store: Store, path: str) -> None:
+    In a `complete` one every object must be there: CorruptStore names one that is missing, or cannot be read.
+    """
+
+    def __init__(self, store: Store, path: str, complete: bool) -> None:
         array = store.schema.arrays[path]
-        self.store, self.path = store, path
+        self.store, self.path, self.complete = store, path, complete
         self.format = format_of(array.dtype)
         self.shape, self.dtype = array.shape, np.dtype(self.format.read)
         self._zarr: Any = None
@@ -42,22 +51,42 @@ class KeptArray(BackendArray):
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        """The values at `key`: an integer, slice or array of integers a dimension, each independent of the others."""
+        if self.complete:
+            self._require_objects(key)
         if self._zarr is None:
             self._zarr = self.store.array(self.path)
         try:
             return self.format.decode(np.asarray(self._zarr.oindex[key]))
         except (ValueError, OSError, RuntimeError) as error:
-            raise CorruptStore(
-                f"{self.store.path / self.path} cannot be read at {key}: {error}. `forebay verify` names the damaged "
-                "objects, "
-                "`forebay repair` drops their units, and running the recipe again computes them anew"
-            ) from error
+            raise CorruptStore(f"{self.store.path / self.path} cannot be read at {key}: {error}. {REPAIR}") from error
+
+    def _require_objects(self, key: tuple[Any, ...]) -> None:
+        """Zarr would take an object that is missing, or empty, for one that holds nothing but fill values."""
+        array = self.store.schema.arrays[self.path]
+        shards = (_shards(*one) for one in zip(key, array.shape, array.shards, strict=True))
+        for index in itertools.product(*shards):
+            path = self.store.path / self.store.object_key(self.path, index)
+            try:
+                empty = os.stat(path).st_size == 0
+            except FileNotFoundError as error:
+                raise CorruptStore(f"{path} is missing, though its unit is recorded. {REPAIR}") from error
+            if empty:
+                raise CorruptStore(f"{path} is empty. {REPAIR}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zarr": None}
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
         return ("forebay", str(self.store.path), self.path, self.store.fingerprint)
+
+
+def _shards(key: Any, size: int, shard: int) -> Iterable[int]:
+    """The shards along a dimension that hold any row of `key`."""
+    rows = tokens_at(range(size), key)
+    if isinstance(rows, range):
+        return range(min(rows[0], rows[-1]) // shard, max(rows[0], rows[-1]) // shard + 1) if rows else ()
+    return np.unique(np.asarray(rows) // shard).tolist()  # type: ignore[no-any-return]
 
 
 class DoneMask(BackendArray):
@@ -78,8 +107,8 @@ class DoneMask(BackendArray):
 def open_store(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chunks = "auto") -> xr.DataTree:
     """One step's store as a lazy DataTree, labelled with `sequence`, `position`, `document` on `token` and `layer`.
 
-    The groups of the store are its nodes, beside `sequences` and `documents`; arrays without a group are in a node named
-    by the store's kind, as in `open_store("run/tokens")["tokens"]`.
+    The groups of the store are its nodes, beside `sequences` and `documents`; arrays without a group are in a node
+    named by the store's kind, as in `open_store("run/tokens")["tokens"]`.
 
     `chunks="auto"` gives dask arrays in chunks of whole shards; None gives xarray's own lazy indexing, which is quicker
     for small looks. bfloat16 reads as float32, exactly. Nothing is computed. IncompleteStore unless every unit is
@@ -89,7 +118,7 @@ def open_store(path: str | os.PathLike[str], *, partial: bool = False, chunks: C
     store = Store.open(path)
     nodes = _nodes(store, partial, chunks)
     if nodes["/"].dims:
-        # Coordinates are inherited, and `sequence` of each token cannot be what the table of sequences is labelled with.
+        # Children inherit coordinates, and a token's `sequence` cannot be what the table of sequences lies along.
         nodes |= {"/": xr.Dataset(attrs=nodes["/"].attrs), f"/{store.schema.kind}": nodes["/"]}
     return xr.DataTree.from_dict(nodes, name=store.name)
 
@@ -109,6 +138,7 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
         )
     nodes: dict[str, xr.Dataset] = {}
     tokens = next((store for store in stores if store.schema.kind == "tokens"), None)
+    token_id = _kept_variables(tokens, "token_id", None, tokens.complete) if tokens else {}
     for store in stores:
         for name, dataset in _nodes(store, partial, chunks).items():
             if name in ("/sequences", "/documents"):
@@ -116,8 +146,8 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
             elif name == "/":
                 nodes[f"/{store.name}"] = dataset
             else:
-                if tokens is not None and "token" in dataset.sizes:
-                    dataset = dataset.assign_coords(_kept_variables(tokens, "token_id", None))
+                if "token" in dataset.sizes:
+                    dataset = dataset.assign_coords(token_id)
                 nodes[f"/{store.name}{name}"] = dataset
     recipe = folder / "recipe.json"
     nodes["/"] = xr.Dataset(attrs=read_json(recipe) if recipe.exists() else {})
@@ -146,7 +176,10 @@ def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]
     }
     for group in dict.fromkeys(path.rpartition("/")[0] for path in store.schema.arrays):
         paths = [path for path in store.schema.arrays if path.rpartition("/")[0] == group]
-        dataset = xr.Dataset({k: v for path in paths for k, v in _kept_variables(store, path, chunks).items()})
+        complete = len(done) == n_unit
+        dataset = xr.Dataset(
+            {k: v for path in paths for k, v in _kept_variables(store, path, chunks, complete).items()}
+        )
         if "token" in dataset.sizes:
             dataset = dataset.assign_coords(token)
             dataset = dataset.assign_coords(done=mask) if partial else dataset
@@ -171,11 +204,10 @@ def _label_nodes(labels: Mapping[str, Any], n_token: int) -> dict[str, xr.Datase
     return nodes
 
 
-def _kept_variables(store: Store, path: str, chunks: Chunks) -> dict[str, xr.Variable]:
+def _kept_variables(store: Store, path: str, chunks: Chunks, complete: bool) -> dict[str, xr.Variable]:
     array = store.schema.arrays[path]
-    variable = xr.Variable(
-        array.dims, indexing.LazilyIndexedArray(KeptArray(store, path)), attrs={"dtype": array.dtype}
-    )
+    lazy = indexing.LazilyIndexedArray(KeptArray(store, path, complete))
+    variable = xr.Variable(array.dims, lazy, attrs={"dtype": array.dtype})
     if chunks == "auto":
         variable = variable.chunk(_dask_chunks(array))
     return {path.rpartition("/")[2]: variable}
@@ -194,11 +226,11 @@ def _dask_chunks(array: Array) -> dict[str, int]:
 
 
 def read_rows(store: Store, span: slice) -> xr.Dataset:
-    """Tokens [start, stop) of a store's root arrays, in memory, with the token's number as the coordinate."""
+    """Tokens [start, stop) of a complete store's root arrays, in memory, with the token's number as the coordinate."""
     import pandas as pd
 
     columns = {
-        path: (array.dims, np.asarray(store.array(path)[span]))
+        path: (array.dims, KeptArray(store, path, complete=True)._read((span,)))
         for path, array in store.schema.arrays.items()
         if "/" not in path
     }

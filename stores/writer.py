@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from .store import Store
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""How a file system says that there is no room, for anyone or for this user."""
+
 MERGE = {"sum": np.add, "max": np.maximum}
 """How statistics of pieces combine: by the last word of their name, as in `square_sum`, `abs_max`."""
 
@@ -106,7 +109,7 @@ class UnitWriter:
             record = self._record(objects, {**timing, "write": time.perf_counter() - started})
             self.store.ledger.complete(self.unit.index, record)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             raise self._disk_full(error) from error
         return record

@@ -76,7 +76,8 @@ def lens_table(lens: xr.Dataset, decode: Mapping[int, str]) -> RenderableType:
         for j in range(len(layers)):
             top = row["top_token_id"].values[j, 0], row["top_probability"].values[j, 0]
             rank = row["next_rank"].values[j]
-            cells += [f"{show(decode, int(top[0]))} {top[1]:.0%}", "–" if rank != rank else f"{int(rank)}"]
+            cells += ["–" if top[0] < 0 else f"{show(decode, int(top[0]))} {top[1]:.0%}"]
+            cells += ["–" if rank != rank else f"{int(rank)}"]
         following = int(row["next_token_id"])
         table.add_row(*cells, "–" if following < 0 else show(decode, following))
     return table
@@ -134,8 +135,10 @@ def outcome_text(outcome: Outcome) -> str:
                 f"{step.name}: {step.tokens:,} tokens, {size(step.nbytes)} in {duration(step.seconds)} ({rate:,.0f} "
                 "tokens/s)"
             )
-        elif not step.failed:
+        elif not step.left:
             lines.append(f"{step.name}: {step.n_token:,} tokens, all of it was done before")
+        elif not step.failed:
+            lines.append(f"{step.name}: stopped before the first unit was recorded")
         lines += [f"{step.name}: unit {unit} failed, its traceback is in {path}" for unit, path in step.failed.items()]
     if any(step.failed for step in outcome.steps):
         return "\n".join(

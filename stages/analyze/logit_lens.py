@@ -32,8 +32,9 @@ def logit_lens(activations: xr.Dataset, unembedding: Unembedding, *, top: int = 
     Gives, along `layer` and `token`: `top_token_id[…, rank]` (int32) and `top_probability[…, rank]` (float32) of the
     `top` strongest tokens, rank 0 first; `next_rank` (float32: how many tokens are stronger than the one that really
     follows; NaN where none follows in the sequence or in the selection) and `next_log_probability` (float32, nats, NaN
-    likewise); and the coordinate `next_token_id` (-1 where there is none). Memory: one chunk of activations and 64 MiB
-    of logits a thread.
+    likewise); and the coordinate `next_token_id` (-1 where there is none). Where `value` is NaN, as in units that are
+    not recorded, so is the lens, and its token ids are -1. Memory: one chunk of activations and 64 MiB of logits a
+    thread.
 
     SchemaError if the dimensions or labels are not there, or the widths differ.
     """
@@ -45,7 +46,7 @@ def logit_lens(activations: xr.Dataset, unembedding: Unembedding, *, top: int = 
         following,
         input_core_dims=[["d_model"], []],
         output_core_dims=[["rank"], ["rank"], [], []],
-        exclude_dims=set(),
+        keep_attrs=False,
         dask="parallelized",
         output_dtypes=[np.int32, np.float32, np.float32, np.float32],
         dask_gufunc_kwargs={"output_sizes": {"rank": top}},
@@ -131,10 +132,12 @@ def _lens_rows(resid: Any, following: Any, unembedding: Unembedding, top: int) -
         normalizer = logits.logsumexp(-1, keepdim=True)
         strongest = logits.topk(top)
         own = logits.gather(-1, following.clamp(min=0)[:, None])
-        absent = following < 0
+        nothing = own.isnan()  # a token of a unit that is not recorded
+        absent = (following < 0) | nothing[:, 0]
         rank = (logits > own).sum(-1).float().masked_fill(absent, float("nan"))
         log_probability = (own - normalizer)[:, 0].masked_fill(absent, float("nan"))
-        return strongest.indices.int(), (strongest.values - normalizer).exp(), rank, log_probability
+        ids = strongest.indices.int().masked_fill(nothing, -1)
+        return ids, (strongest.values - normalizer).exp(), rank, log_probability
 
 
 def _nothing(top: int) -> tuple[NDArray[Any], ...]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PER_TOKEN = ("position", "query", "key")  # dimensions along which a shorter sequence of the batch ends early
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Forward:
     """The result of `Model.forward`.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Unembedding:
     """From the residual stream to logits: the final norm and the unembedding matrix. All a logit lens needs of a model.
 
@@ -67,7 +67,7 @@ def load_unembedding(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model on a device in a dtype. Usually made by `load_model`; `checkpoint` is where its tokenizer comes from."""
 

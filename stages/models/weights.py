@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockWeights:
     """The weights of one block. Matrices are [out, in]; D channel, H query heads, K key heads, E head channel,
     F hidden channel.
@@ -33,7 +33,7 @@ class BlockWeights:
     down_bias: Tensor | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Weights:
     """All weights of a model: `embed` [vocab, D], its blocks, the final norm [D] and `unembed` [vocab, D], which is
     `embed` itself where they are tied."""

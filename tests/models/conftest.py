@@ -1,4 +1,4 @@
-"""The two kinds of models that the tests compare with transformers: one real, and tiny random ones with odd settings."""
+"""The models that the tests compare with transformers: a real one, and tiny random ones with odd settings."""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_what_is_added_to_the_residual_stream(
     for point, value in out.captures.items():
         shape = reference[str(point)].shape
         # A head or a layer's contribution can be small beside the stream it was computed from.
-        assert worst_token(value.reshape(*shape[:2], -1), reference[str(point)].reshape(*shape[:2], -1)) < 10 * TOLERANCE
+        assert (
+            worst_token(value.reshape(*shape[:2], -1), reference[str(point)].reshape(*shape[:2], -1)) < 10 * TOLERANCE
+        )
 
 
 def test_the_text_makes_sense_to_the_model(smollm2: Model, english: Tensor) -> None:

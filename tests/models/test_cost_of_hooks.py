@@ -69,9 +69,7 @@ def blank_above(model: Model, layer: int, **within: object) -> Model:
         ("blocks.1.hook_resid_pre", ("ln1", "qkv", "out", "ln2", "gate_up", "down")),
     ],
 )
-def test_the_forward_ends_at_the_last_point(
-    tiny: Model, tokens: Tensor, point: str, absent: tuple[str, ...]
-) -> None:
+def test_the_forward_ends_at_the_last_point(tiny: Model, tokens: Tensor, point: str, absent: tuple[str, ...]) -> None:
     hooks = HookSpec().capture("hook_embed", point)
     whole = tiny.forward(tokens, hooks)
     cut = blank_above(tiny, 1, **dict.fromkeys(absent)).forward(tokens, hooks, logits=False)
@@ -110,7 +108,9 @@ def test_attention_is_fused_unless_scores_or_pattern_are_asked_for(
         return fused(*given, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(parts.F, "scaled_dot_product_attention", counting)
-    everything_else = [str(p) for p in tiny.spec.points() if p.kind not in ("attn.hook_attn_scores", "attn.hook_pattern")]
+    everything_else = [
+        str(p) for p in tiny.spec.points() if p.kind not in ("attn.hook_attn_scores", "attn.hook_pattern")
+    ]
     for hooks, expected in [
         (HookSpec(), 3),
         (HookSpec().capture(*everything_else), 3),
@@ -123,7 +123,9 @@ def test_attention_is_fused_unless_scores_or_pattern_are_asked_for(
 
 
 def test_capturing_changes_no_bit(tiny: Model, tokens: Tensor) -> None:
-    everything_else = [str(p) for p in tiny.spec.points() if p.kind not in ("attn.hook_attn_scores", "attn.hook_pattern")]
+    everything_else = [
+        str(p) for p in tiny.spec.points() if p.kind not in ("attn.hook_attn_scores", "attn.hook_pattern")
+    ]
     bare, tapped = tiny.forward(tokens).logits, tiny.forward(tokens, HookSpec().capture(*everything_else)).logits
     assert torch.equal(bare, tapped)  # type: ignore[arg-type]
 

@@ -43,9 +43,12 @@ def test_both_sides_of_one_intervention_are_refused(tiny: Model, tokens: Tensor)
 
 
 def test_every_point_can_be_changed_and_everything_after_it_sees_that(tiny: Model, tokens: Tensor) -> None:
+    def tilt(value: Tensor, point: HookPoint) -> Tensor:
+        return value * torch.linspace(0.5, 1.5, value.shape[-1])  # a plain factor is undone by the next norm
+
     plain = tiny.forward(tokens).logits
     for point in tiny.spec.points():
-        nudged = tiny.forward(tokens, HookSpec().intervene(point, lambda value, point: value * 1.5)).logits
+        nudged = tiny.forward(tokens, HookSpec().intervene(point, tilt)).logits
         assert nudged is not None
         assert plain is not None
         assert nudged.isfinite().all()
@@ -91,11 +94,7 @@ def test_a_knocked_out_edge_has_weight_zero_and_a_lone_query_attends_to_nothing(
         scores[..., 9, :] = -torch.inf
         return scores
 
-    hooks = (
-        HookSpec()
-        .intervene("blocks.1.attn.hook_attn_scores", knock_out)
-        .capture("blocks.1.attn.hook_{pattern,z}")
-    )
+    hooks = HookSpec().intervene("blocks.1.attn.hook_attn_scores", knock_out).capture("blocks.1.attn.hook_{pattern,z}")
     out = tiny.forward(tokens, hooks)
     pattern = out["blocks.1.attn.hook_pattern"]
     assert (pattern[..., 5, 2] == 0).all()
@@ -119,7 +118,10 @@ def test_a_head_is_ablated_through_z_and_through_its_result_alike(tiny: Model, t
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda value, point: value[0], r"blocks\.1\.hook_resid_mid gave a tensor of shape \(40, 36\); what arrived there"),
+        (
+            lambda value, point: value[0],
+            r"blocks\.1\.hook_resid_mid gave a tensor of shape \(40, 36\); what arrived there",
+        ),
         (lambda value, point: value.double(), r"dtype torch\.float64; .* has torch\.float32"),
         (lambda value, point: None, r"gave NoneType; a tensor is expected"),
         (lambda value, point: value.to("meta"), r"device meta"),

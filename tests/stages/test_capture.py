@@ -175,7 +175,6 @@ def test_the_layouts_of_these_tests_are_as_awkward_as_they_are_meant_to_be(captu
     assert sum(any(start < edge < start + len(ids) for start, ids in rows) for edge in edges) >= 4
     assert sum(lengths) % 90
     assert len([start for start, ids in rows if start + len(ids) > edges[-1]]) % 4
-    assert len([start for start, ids in rows if start < edges[0]]) % 4
 
 
 def test_residual_streams_and_logits_are_those_of_transformers(capture: Callable[..., Path], tiny_model: Path) -> None:
@@ -207,7 +206,7 @@ def assert_close_by_token(a: NDArray[Any], b: NDArray[Any], tolerance: float) ->
 
 @pytest.mark.parametrize("layout", [PACKED, DOCUMENTS], ids=["packed", "documents"])
 def test_batch_and_unit_sizes_change_rounding_at_most(capture: Callable[..., Path], layout: dict[str, Any]) -> None:
-    cuts = [(1, 1024), (3, 64), (8, 48), (8, 2048)]
+    cuts = [(1, 1024), (3, 80), (8, 304)]
     folders = [capture(f"batch-{b}-unit-{u}", tokenize=layout, capture={"batch": b, "unit_tokens": u}) for b, u in cuts]
     first, *others = (kept(folder)["hook_resid_post"] for folder in folders)
     for other in others:
@@ -220,24 +219,29 @@ def test_packed_units_of_any_size_have_equal_bits_where_batches_hold_the_same_se
     """One sequence a batch: no unit size can change who is computed with whom, so not a bit may differ."""
     one, other = (
         kept(capture(f"unit-{u}", tokenize=PACKED, capture={"batch": 1, "unit_tokens": u}))["hook_resid_post"]
-        for u in (40, 512)
+        for u in (120, 512)
     )
     np.testing.assert_array_equal(as_bits(one), as_bits(other))
 
 
-def test_the_same_recipe_gives_the_same_bytes_with_one_thread_and_with_two(
-    capture: Callable[..., Path], tiny_model: Path
+def test_the_same_recipe_gives_the_same_bytes_and_another_number_of_threads_rounds_otherwise_at_most(
+    capture: Callable[..., Path],
 ) -> None:
+    """Matrix products may be split among threads along the axis that is summed, so only equal numbers promise bits."""
     before = torch.get_num_threads()
     try:
         found = []
-        for n in (1, 2):
+        for i, n in enumerate((2, 1, 2)):
             torch.set_num_threads(n)
-            found.append(kept(capture(f"threads-{n}", capture={"hooks": HOOKS})))
+            found.append(kept(capture(f"run-{i}", capture={"hooks": HOOKS, "unit_tokens": 512})))
     finally:
         torch.set_num_threads(before)
     for kind, values in found[0].items():
-        np.testing.assert_array_equal(as_bits(values), as_bits(found[1][kind]))
+        np.testing.assert_array_equal(as_bits(values), as_bits(found[2][kind]))
+        if kind.endswith("scale"):
+            np.testing.assert_allclose(values, found[1][kind], rtol=1e-5)
+        else:
+            assert_close_by_token(values, found[1][kind], 1e-5)
 
 
 # ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
