@@ -127,7 +127,7 @@ def status(run: Path) -> None:
 
 
 def stores_of(run: Path) -> list[Store]:
-    """The stores of a run. StoreNotFound if there is none, so that a wrong path is not taken for a run that is whole."""
+    """The stores of a run. StoreNotFound if there is none, so that no wrong path is taken for a run that is whole."""
     from ..stores.errors import StoreNotFound
     from ..stores.tree import run_stores
 

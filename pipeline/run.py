@@ -142,6 +142,7 @@ def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOut
     progress.start(outcome.name, outcome.n_token, outcome.n_token - sum(map(len, todo)))
     if not todo:
         return outcome
+    began = time.time()
     apply = step.stage.load(plan.device, step.schema)
     started = time.perf_counter()
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as finisher:
@@ -172,7 +173,7 @@ def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOut
     outcome.seconds = time.perf_counter() - started
     outcome.left = sum(map(len, step.todo()))
     if not outcome.left:
-        store.sweep()
+        store.sweep(before=began)
     return outcome
 
 

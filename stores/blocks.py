@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from . import streams
 from .errors import CorpusError, nearest
-
-if TYPE_CHECKING:
-    from .corpus import Corpus
 
 _LINE_LIMIT = 1 << 30  # a longer line is a file in another format; reading on would fill the memory
 _BOM = b"\xef\xbb\xbf"
@@ -52,6 +49,19 @@ class Block:
     n_line: int
     last: bool
     sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the files of a corpus lie, and under which keys their texts and ids are."""
+
+    root: str
+    text_key: str
+    id_key: str | None
+
+    def locate(self, name: str) -> Path:
+        """The file that a `Block.path` or `Document.path` names."""
+        return Path(self.root, name)
 
 
 # ── documents out of bytes ───────────────────────────────────────────────────────────────────────────────────────────
@@ -127,20 +137,20 @@ def _no_lone_surrogates(place: object, key: str | None, value: str) -> None:
         ) from error
 
 
-def _json_document(corpus: Corpus, name: str, place: _Place, line: bytes) -> Document:
+def _json_document(layout: Layout, name: str, place: _Place, line: bytes) -> Document:
     record = _json_object(place, line)
-    _required(place, corpus.text_key, list(record))
-    text = _text(place, corpus.text_key, record[corpus.text_key])
-    key = corpus.id_key
+    _required(place, layout.text_key, list(record))
+    text = _text(place, layout.text_key, record[layout.text_key])
+    key = layout.id_key
     identifier = _id(place, key, record[key]) if key is not None and key in record else f"{name}:{place.line}"
     if b"\\u" in line:  # UTF-8 cannot spell a surrogate, only an escape can
-        _no_lone_surrogates(place, corpus.text_key, text)
-        _no_lone_surrogates(place, corpus.id_key, identifier)
+        _no_lone_surrogates(place, layout.text_key, text)
+        _no_lone_surrogates(place, layout.id_key, identifier)
     return Document(id=identifier, text=text, path=name, line=place.line)
 
 
-def _parse_lines(corpus: Corpus, block: Block, data: bytes) -> list[Document]:
-    path = corpus.locate(block.path)
+def _parse_lines(layout: Layout, block: Block, data: bytes) -> list[Document]:
+    path = layout.locate(block.path)
     documents, line = [], block.first_line
     offset = len(_BOM) if block.start == 0 and data.startswith(_BOM) else 0
     while offset < len(data):
@@ -149,13 +159,13 @@ def _parse_lines(corpus: Corpus, block: Block, data: bytes) -> list[Document]:
         content = data[offset:end]
         if content.strip(b" \t\r"):
             place = _Place(path, line, block.start + offset)
-            documents.append(_json_document(corpus, block.path, place, content))
+            documents.append(_json_document(layout, block.path, place, content))
         offset, line = end + 1, line + 1
     return documents
 
 
-def _parse_whole(corpus: Corpus, block: Block, data: bytes) -> list[Document]:
-    place = _Place(corpus.locate(block.path), 1, 0)
+def _parse_whole(layout: Layout, block: Block, data: bytes) -> list[Document]:
+    place = _Place(layout.locate(block.path), 1, 0)
     text = _decode(place, data).removeprefix("\ufeff")
     return [Document(id=f"{block.path}:1", text=text, path=block.path, line=1)]
 
@@ -184,13 +194,13 @@ class _ByteFormat(NamedTuple):
     """A format whose blocks are ranges of the uncompressed bytes."""
 
     cut: Callable[[streams.Stream, int], bytes]
-    parse: Callable[[Corpus, Block, bytes], list[Document]]
+    parse: Callable[[Layout, Block, bytes], list[Document]]
 
     def blocks(
-        self, corpus: Corpus, name: str, after: Block | None, block_bytes: int
+        self, layout: Layout, name: str, after: Block | None, block_bytes: int
     ) -> Iterator[tuple[Block, list[Document]]]:
         start, line = (after.stop, after.first_line + after.n_line) if after else (0, 1)
-        with streams.opened_at(corpus.locate(name), start) as stream:
+        with streams.opened_at(layout.locate(name), start) as stream:
             last = False
             while not last:
                 data = self.cut(stream, block_bytes)
@@ -204,14 +214,14 @@ class _ByteFormat(NamedTuple):
                     last=last,
                     sha256=hashlib.sha256(data).hexdigest(),
                 )
-                yield block, self.parse(corpus, block, data)
+                yield block, self.parse(layout, block, data)
                 start, line = block.stop, line + block.n_line
 
-    def read(self, corpus: Corpus, block: Block) -> list[Document]:
-        path = corpus.locate(block.path)
+    def read(self, layout: Layout, block: Block) -> list[Document]:
+        path = layout.locate(block.path)
         data = streams.read_range(path, block.start, block.stop)
         _require_unchanged(path, block, hashlib.sha256(data).hexdigest())
-        return self.parse(corpus, block, data)
+        return self.parse(layout, block, data)
 
 
 def _require_unchanged(path: Path, block: Block, sha256: str) -> None:
@@ -254,25 +264,25 @@ def _utf8_column(place: str, key: str, column: Any) -> list[bytes | None]:
     return values
 
 
-def _row_group(corpus: Corpus, name: str, file: Any, group: int, first_line: int) -> tuple[str, list[Document]]:
+def _row_group(layout: Layout, name: str, file: Any, group: int, first_line: int) -> tuple[str, list[Document]]:
     """The sha256 of a row group's texts, and its documents."""
-    path, columns = corpus.locate(name), list(file.schema_arrow.names)
-    _required(path, corpus.text_key, columns)
-    id_key = corpus.id_key if corpus.id_key in columns else None
-    table = file.read_row_group(group, columns=[corpus.text_key, *([id_key] if id_key else [])])
-    texts = _utf8_column(str(path), corpus.text_key, table.column(corpus.text_key))
+    path, columns = layout.locate(name), list(file.schema_arrow.names)
+    _required(path, layout.text_key, columns)
+    id_key = layout.id_key if layout.id_key in columns else None
+    table = file.read_row_group(group, columns=[layout.text_key, *([id_key] if id_key else [])])
+    texts = _utf8_column(str(path), layout.text_key, table.column(layout.text_key))
     ids = table.column(id_key).to_pylist() if id_key else []
     digest, documents = hashlib.sha256(), []
     for row, data in enumerate(texts):
         line = first_line + row
         place = f"{path}: row {line} (row group {group})"
         if data is None:
-            raise CorpusError(f"{place}: {corpus.text_key!r} is null; expected a string")
+            raise CorpusError(f"{place}: {layout.text_key!r} is null; expected a string")
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise CorpusError(
-                f"{place}: {corpus.text_key!r} is not UTF-8 at its byte {error.start}: {error.reason}; write it again"
+                f"{place}: {layout.text_key!r} is not UTF-8 at its byte {error.start}: {error.reason}; write it again"
             ) from error
         identifier = _id(place, id_key, ids[row]) if id_key else f"{name}:{line}"
         digest.update(len(data).to_bytes(8, "little") + data)
@@ -284,16 +294,16 @@ class _ParquetFormat(NamedTuple):
     """Parquet: a block is a row group."""
 
     def blocks(
-        self, corpus: Corpus, name: str, after: Block | None, block_bytes: int
+        self, layout: Layout, name: str, after: Block | None, block_bytes: int
     ) -> Iterator[tuple[Block, list[Document]]]:
         start, line = (after.stop, after.first_line + after.n_line) if after else (0, 1)
-        with _parquet(corpus.locate(name)) as file:
+        with _parquet(layout.locate(name)) as file:
             n_group = file.num_row_groups
             if n_group == 0:
                 empty = hashlib.sha256().hexdigest()
                 yield Block(path=name, start=0, stop=0, first_line=1, n_line=0, last=True, sha256=empty), []
             for group in range(start, n_group):
-                sha256, documents = _row_group(corpus, name, file, group, line)
+                sha256, documents = _row_group(layout, name, file, group, line)
                 block = Block(
                     path=name,
                     start=group,
@@ -306,12 +316,12 @@ class _ParquetFormat(NamedTuple):
                 yield block, documents
                 line += len(documents)
 
-    def read(self, corpus: Corpus, block: Block) -> list[Document]:
-        path = corpus.locate(block.path)
+    def read(self, layout: Layout, block: Block) -> list[Document]:
+        path = layout.locate(block.path)
         sha256, documents = hashlib.sha256().hexdigest(), list[Document]()
         with _parquet(path) as file:
             if block.start < min(block.stop, file.num_row_groups):
-                sha256, documents = _row_group(corpus, block.path, file, block.start, block.first_line)
+                sha256, documents = _row_group(layout, block.path, file, block.start, block.first_line)
         _require_unchanged(path, block, sha256)
         return documents
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .blocks import Block, Document, format_of
+from .blocks import Block, Document, Layout, format_of
 from .errors import CorpusError, nearest
 
 __all__ = ["BLOCK_BYTES", "Block", "Corpus", "Document"]
@@ -74,14 +74,14 @@ class Corpus:
             raise CorpusError(f"cannot continue {name} behind a block of {after.path}")
         if after is not None and after.last:
             return
-        yield from format_of(name).blocks(self, name, after, block_bytes)
+        yield from format_of(name).blocks(self._layout, name, after, block_bytes)
 
     def read(self, block: Block) -> list[Document]:
         """The documents of a block that `blocks` gave, read again.
 
         Consecutive blocks of a compressed file cost one pass over it. Raises CorpusError if the bytes have changed.
         """
-        return format_of(block.path).read(self, block)
+        return format_of(block.path).read(self._layout, block)
 
     def documents(self) -> Iterator[Document]:
         """All documents in reading order, one block in memory at a time; raises CorpusError if there are none."""
@@ -102,7 +102,11 @@ class Corpus:
 
     def locate(self, name: str) -> Path:
         """The file that a `Block.path` or `Document.path` names."""
-        return Path(self.root, name)
+        return self._layout.locate(name)
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(root=self.root, text_key=self.text_key, id_key=self.id_key)
 
     def _name(self, path: Path | str) -> str:
         absolute, root = Path(os.path.abspath(Path(self.root, path))), Path(os.path.abspath(self.root))

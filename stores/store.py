@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import uuid
@@ -22,7 +23,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
 from zarr.errors import ZarrUserWarning
+from zarr.storage import LocalStore
 
 from .dtypes import format_of
 from .errors import CorruptStore, DiskFull, FingerprintMismatch
@@ -150,10 +153,15 @@ class Store:
         return UnitWriter(self, unit)
 
     def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> None:
-        """Writes whole shards: `values` are the `rows` of the array, in their kept form. The objects must not exist."""
+        """Writes whole shards: `values` are the `rows` of the array, in their kept form.
+
+        An object that is there is replaced in one go and never looked at, so that a torn one does no harm, and a reader
+        or another writer of the same unit finds a whole one at any time.
+        """
         array = self.schema.arrays[path]
+        root = zarr.open_group(_Unread(str(self.path)), mode="r+", zarr_format=3, use_consolidated=False)
         # Else a shard whose cells all equal the fill value would be left out, and its unit have no object to record.
-        target = self._root("r+")[path].with_config({"write_empty_chunks": True})
+        target: Any = root[path].with_config({"write_empty_chunks": True})  # type: ignore[union-attr]
         where = [rows.get(dim, slice(0, size)) for dim, size in zip(array.dims, array.shape, strict=True)]
         if array.dims[0] != "layer":
             target[tuple(where)] = values
@@ -197,15 +205,37 @@ class Store:
                 found.append(said)
         return found
 
-    def sweep(self) -> None:
-        """Removes what killed writers left half-written. Only when no run is writing."""
+    def sweep(self, before: float = math.inf) -> None:
+        """Removes what killed writers left half-written, and touched last `before` a time (seconds of the epoch).
+
+        Without `before` only when no run is writing.
+        """
         for leftover in self.path.rglob("*.partial"):
-            leftover.unlink(missing_ok=True)
+            if _changed(leftover) < before:
+                leftover.unlink(missing_ok=True)
         for leftover in self.path.parent.glob(f".{DATA}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if _changed(leftover) < before:
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _root(self, mode: Any) -> Any:
         return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
+
+
+class _Unread(LocalStore):
+    """Writes objects as any store and has none to read: a shard that is not full is else merged with what is there."""
+
+    async def get(self, key: str, *arguments: Any, **options: Any) -> Buffer | None:
+        return None if "/c/" in key else await super().get(key, *arguments, **options)
+
+    def get_sync(self, key: str, *arguments: Any, **options: Any) -> Buffer | None:
+        return None if "/c/" in key else super().get_sync(key, *arguments, **options)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # swept by another run
+        return math.inf
 
 
 def mismatch(store: Store, fingerprint: str, provenance: Mapping[str, Any]) -> FingerprintMismatch:

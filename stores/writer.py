@@ -99,8 +99,6 @@ class UnitWriter:
         try:
             for path, array in self.store.schema.arrays.items():
                 keys = [self.store.object_key(path, index) for index in array.objects(self.rows)]
-                for key in keys:
-                    (data / key).unlink(missing_ok=True)
                 if path in self._buffers:
                     self.store.write_rows(path, self.rows, self._buffers[path])
                 objects |= {key: _make_durable(data / key) for key in keys}

@@ -149,7 +149,7 @@ def make_recipe(tiny_model: Path, texts: list[str], tmp_path: Path) -> Callable[
 
 
 @pytest.fixture
-def forebay(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start_forebay(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the command line in a process of its own, in the test's folder, and ends what is left of it afterwards."""
     started: list[subprocess.Popen[str]] = []
 

@@ -1,4 +1,4 @@
-"""What a plan will cost: units, bytes and memory exactly, time from this run's own records or from a short measurement."""
+"""What a plan will cost: units, bytes and memory exactly; time from this run's own records or a short measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EFFICIENCY = 0.75
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """One row a step: units done and in all, tokens, bytes on disk before compression, memory for buffers, time left."""
+    """One row a step: units done and in all, tokens, bytes before compression, memory for buffers, time left."""
     table = Table(box=None, pad_edge=False)
     for name in ("step", "units", "done", "tokens", "size", "buffers", "time left"):
         table.add_column(name, justify="left" if name == "step" else "right")

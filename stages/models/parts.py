@@ -49,8 +49,8 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, at: At, name: str) -> 
     if normalized_BTD is None:
         normalized_BTD = F.rms_norm(x_BTD, (x_BTD.shape[-1],), None, eps)
     if normalized_kind in at:
-        normalized_BTD = at[normalized_kind](normalized_BTD)
-    return normalized_BTD * weight_D
+        return at[normalized_kind](normalized_BTD) * weight_D
+    return normalized_BTD.mul_(weight_D)  # nobody else holds it; a new tensor of this size costs page faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ def gated_mlp(x_BTD: Tensor, w: BlockWeights, spec: ModelSpec, at: At) -> Tensor
         pre_BTF = at["mlp.hook_pre"](pre_BTF)
     if "mlp.hook_pre_linear" in at:
         linear_BTF = at["mlp.hook_pre_linear"](linear_BTF)
-    post_BTF = ACTIVATIONS[spec.activation](pre_BTF) * linear_BTF
+    post_BTF = ACTIVATIONS[spec.activation](pre_BTF).mul_(linear_BTF)
     if "mlp.hook_post" in at:
         post_BTF = at["mlp.hook_post"](post_BTF)
     out_BTD = F.linear(post_BTF, w.down, w.down_bias)

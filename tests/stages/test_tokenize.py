@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -463,19 +463,18 @@ def test_a_document_that_is_too_long_is_named(
         prepend_bos=bos,
         separator=separator,
     )
-    make: Callable[[Tokenize], Tokens] = lambda stage: tokenize(stage, texts, tmp_path)  # noqa: E731
     if fits:
-        assert len(make(stage).schema.labels["sequences/start"][1]) == 4
+        assert len(tokenize(stage, texts, tmp_path).schema.labels["sequences/start"][1]) == 4
         return
     with pytest.raises(SchemaError) as error:
-        make(stage)
+        tokenize(stage, texts, tmp_path)
     n_token = 8 + (separator == "eos")
     assert str(error.value).startswith(
         f"2 of 4 documents are longer than tokenize.context = {context}; the first is 'doc-1' with {n_token} tokens. "
         'Set tokenize.long_documents to "split" or "truncate", use layout = "packed"'
     )
     for remedy in ({"long_documents": "split"}, {"long_documents": "truncate"}, {"layout": "packed"}):
-        assert make(replace(stage, **remedy)).schema.n_token > 0  # type: ignore[arg-type]
+        assert tokenize(replace(stage, **remedy), texts, tmp_path).schema.n_token > 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("settings_", [{"layout": "packed"}, {"layout": "documents", "prepend_bos": False}])
