@@ -184,7 +184,7 @@ def hooks(model: str, patterns: tuple[str, ...], revision: str | None) -> None:
 
     Reads the model's configuration, not its weights.
     """
-    from ..stages.models.checkpoint import open_checkpoint
+    from ..stages.models.source import open_checkpoint
     from .report.tables import console, hooks_table
 
     spec = open_checkpoint(model, revision).spec

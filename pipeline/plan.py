@@ -4,6 +4,7 @@ work.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -182,13 +183,14 @@ def _step(stage: Stage, source: Schema, upstream: str, folder: Path, device: str
     payload = {
         "step": stage.verb,
         "version": stage.version,
-        "parameters": {name: value for name, value in stage.parameters().items() if name != "model"},
+        "parameters": {k: v for k, v in stage.parameters().items() if k not in stage.told_elsewhere},
         "files": [[path.name, digest] for path, digest in hashes.items()],
         "identity": stage.identity(),
         "numerics": stage.numerics(device),
         "schema": schema.to_json(),
         "source": upstream,
     }
+    payload = json.loads(canonical_json(payload))  # as a store gives it back, so that equal settings compare equal
     return Step(stage, schema, source, payload, fingerprint(payload), folder / stage.store)
 
 

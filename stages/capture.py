@@ -46,6 +46,7 @@ class Capture(Stage):
     store: ClassVar[str] = "activations"
     source: ClassVar[str | None] = "tokenize"
     version: ClassVar[int] = 1
+    told_elsewhere: ClassVar[frozenset[str]] = frozenset({"model", "threads"})
 
     model: ModelSource
     hooks: tuple[str, ...]
@@ -53,11 +54,14 @@ class Capture(Stage):
     store_dtype: Dtype = "float32"
     batch: int = 8
     unit_tokens: int | None = None
+    threads: int | None = None
     compression: Literal["none", "zstd"] = "none"
 
     def check(self) -> None:
         if self.batch < 1:
             raise SchemaError(f"capture.batch = {self.batch} must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise SchemaError(f"capture.threads = {self.threads} must be at least 1")
         if not self.hooks:
             raise SchemaError(
                 'capture.hooks is empty: name at least one hook point, for example "blocks.*.hook_resid_post"'
@@ -69,9 +73,15 @@ class Capture(Stage):
     def files(self) -> tuple[Path, ...]:
         return tuple(self.model.open().files)
 
-    def numerics(self, device: str) -> dict[str, str]:
-        """torch's version and the kind of device: both can change the last bits of a matrix product."""
-        return {"torch": metadata.version("torch"), "device": device.split(":")[0]}
+    def numerics(self, device: str) -> dict[str, Any]:
+        """What changes the last bits of a matrix product: torch's version, the kind of device, and on a CPU the number
+        of threads among which it is divided.
+        """
+        import torch
+
+        kind = device.split(":")[0]
+        threads = {"threads": self.threads or torch.get_num_threads()} if kind == "cpu" else {}
+        return {"torch": metadata.version("torch"), "device": kind, **threads}
 
     def points(self, spec: ModelSpec) -> dict[str, tuple[HookPoint, ...]]:
         """The hook points asked for, by kind, in the order of firing.
@@ -140,8 +150,12 @@ class Capture(Stage):
         """Loads the model. Pieces are the captures of one batch; the unembedding and layers above the last point are
         not computed.
         """
+        import torch
+
         from .models.load import load_model
 
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         model = load_model(self.model.source, revision=self.model.revision, device=device, dtype=self.dtype)
         starts = own.labels["sequences/start"][1]
         ends = np.append(starts[1:], own.n_token)

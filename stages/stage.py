@@ -33,6 +33,8 @@ class Stage(ABC):
     store: ClassVar[str]
     source: ClassVar[str | None]
     version: ClassVar[int]
+    told_elsewhere: ClassVar[frozenset[str]] = frozenset({"model"})
+    """Fields that the fingerprint takes from `files`, `identity` or `numerics` instead, as what they stand for."""
 
     @abstractmethod
     def check(self) -> None:
@@ -58,7 +60,7 @@ class Stage(ABC):
     def load(self, device: str, own: Schema) -> Apply:
         """Makes ready to compute; may take minutes and gigabytes. Called once a process."""
 
-    def numerics(self, device: str) -> dict[str, str]:
+    def numerics(self, device: str) -> dict[str, Any]:
         """What else can change a bit of the output: libraries, kind of device. Part of the fingerprint."""
         return {}
 

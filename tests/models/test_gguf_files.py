@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from forebay.stages.models.checkpoint import open_checkpoint
 from forebay.stages.models.errors import ModelError
 from forebay.stages.models.load import load_model
+from forebay.stages.models.source import open_checkpoint
 
 STEMS = {
     "model.embed_tokens": "token_embd",

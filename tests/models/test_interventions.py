@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -164,6 +166,18 @@ def test_gradients_flow_to_what_an_intervention_puts_in(tiny: Model, tokens: Ten
     with torch.no_grad():
         slope = (loss(torch.tensor(5e-3), gradients=False) - loss(torch.tensor(-5e-3), gradients=False)) / 1e-2
     assert torch.allclose(step.grad, slope, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_every_activation_can_be_differentiated(tiny: Model, tokens: Tensor, activation: str) -> None:
+    model = dataclasses.replace(tiny, spec=dataclasses.replace(tiny.spec, activation=activation))
+    nudge = torch.zeros(tiny.spec.d_model, requires_grad=True)
+    hooks = HookSpec().intervene("hook_embed", lambda value, point: value + nudge)
+    logits = model.forward(tokens, hooks, gradients=True).logits
+    assert logits is not None
+    logits.logsumexp(-1).sum().backward()
+    assert nudge.grad is not None
+    assert nudge.grad.norm() > 0
 
 
 def test_captures_of_a_plain_forward_can_train_something(tiny: Model, tokens: Tensor) -> None:

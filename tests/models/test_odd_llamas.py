@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlp biases": {"mlp_bias": True},
     "tied embeddings": {"tie_word_embeddings": True},
     "exact gelu": {"hidden_act": "gelu"},
+    "relu": {"hidden_act": "relu"},
     "tanh gelu": {"hidden_act": "gelu_pytorch_tanh"},
     "another rotary base": {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
     "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},

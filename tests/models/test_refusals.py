@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from forebay.stages.models.checkpoint import open_checkpoint
 from forebay.stages.models.errors import ModelError
+from forebay.stages.models.source import open_checkpoint
 
 
 @pytest.fixture

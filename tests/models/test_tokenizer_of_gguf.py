@@ -12,8 +12,9 @@ import pytest
 import regex
 import tokenizers
 
-from forebay.stages.models.checkpoint import SpecialTokens, open_checkpoint
+from forebay.stages.models.checkpoint import SpecialTokens
 from forebay.stages.models.errors import ModelError
+from forebay.stages.models.source import open_checkpoint
 from forebay.stages.models.tokenizers_gguf import read_vocabulary
 
 ROOT = Path(__file__).parents[2]

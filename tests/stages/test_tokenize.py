@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from forebay.stages.models.checkpoint import open_checkpoint
+from forebay.stages.models.source import open_checkpoint
 from forebay.stages.tokenize import ModelSource, Rules, Tokenize
 from forebay.stores.corpus import Corpus
 from forebay.stores.documents import Documents

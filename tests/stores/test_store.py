@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -317,7 +319,7 @@ def test_no_unit_touches_the_objects_of_another(tmp_path: Path, layout: Layout) 
 
 
 def test_a_torn_shard_is_written_anew(tmp_path: Path) -> None:
-    """A partial write into a torn shard would first have to read it; so a unit clears its objects."""
+    """The last shard of an array is not full, and Zarr would read it first to keep what else it holds."""
     schema = schema_of()
     values = random_values(schema)
     store = written(tmp_path, schema, values)
@@ -522,12 +524,19 @@ def join_and_write(unit):
 """
 
 EIGHT_AT_ONCE = """
+import traceback
+
 gate, opener = os.pipe()
-for unit in range(n):
+for child in range(n):
     if os.fork() == 0:
         os.close(opener)
         os.read(gate, 1)        # comes back when the last opener is closed
-        join_and_write(unit)
+        try:
+            for unit in eval(sys.argv[2]):
+                join_and_write(unit)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
 os.close(opener)
 sys.exit(sum(os.wait()[1] != 0 for _ in range(n)))
@@ -535,13 +544,43 @@ sys.exit(sum(os.wait()[1] != 0 for _ in range(n)))
 
 
 def test_eight_processes_make_one_store_at_once(tmp_path: Path) -> None:
-    with child(JOIN_AND_WRITE + EIGHT_AT_ONCE, tmp_path / "step") as process:
+    with child(JOIN_AND_WRITE + EIGHT_AT_ONCE, tmp_path / "step", "[child]") as process:
         process.communicate()
     assert process.returncode == 0
     store = Store.open(tmp_path / "step")
     assert store.array("token_id")[...].tolist() == list(range(100, 132))
     assert (store.complete, store.verify()) == (True, {})
     assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [DATA, "done"]
+
+
+def test_processes_that_compute_the_same_units_do_no_harm(tmp_path: Path) -> None:
+    """Two runs of one recipe that do not know of each other: work is done twice, and that is all."""
+    with child(JOIN_AND_WRITE + EIGHT_AT_ONCE, tmp_path / "step", "[0, 1, child // 4, 0]") as process:
+        process.communicate()
+    assert process.returncode == 0
+    store = Store.open(tmp_path / "step")
+    assert store.array("token_id")[:8].tolist() == list(range(100, 108))
+    assert (store.ledger.done(), store.verify()) == ({0, 1}, {})
+
+
+def test_what_is_written_again_is_whole_all_the_time(tmp_path: Path) -> None:
+    schema = schema_of()
+    values = random_values(schema)
+    store = written(tmp_path, schema, values)
+    stop = threading.Event()
+
+    def write_again() -> None:
+        while not stop.is_set():
+            write(store, schema.grid[3], values)
+
+    with ThreadPoolExecutor(1) as executor:
+        writing = executor.submit(write_again)
+        try:
+            for _ in range(20):
+                assert_holds(Store.open(tmp_path), values)
+        finally:
+            stop.set()
+        writing.result()
 
 
 KILLED = """
@@ -577,7 +616,10 @@ def test_a_killed_process_leaves_nothing_that_counts(tmp_path: Path, moment: str
     store = Store.open(tmp_path / "step")
     assert store.ledger.done() == {2}
     assert store.array("token_id")[8:12].tolist() == [108, 109, 110, 111]
-    (store.path / "token_id" / "c" / "7.0f0f.partial").write_bytes(b"what Zarr leaves of a write that was killed")
+    leftover = store.path / "token_id" / "c" / "7.0f0f.partial"
+    leftover.write_bytes(b"what Zarr leaves of a write that was killed")
+    store.sweep(before=leftover.stat().st_mtime)
+    assert leftover.exists(), "what was touched since may be on its way"
     store.sweep()
     assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [DATA, "done"]
     assert set(objects(store)) == {"token_id/c/2"}

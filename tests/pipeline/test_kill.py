@@ -1,0 +1,115 @@
+"""A run that is killed at any instant, however often, and run again holds the bytes of one that never was."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay.stores.ledger import Ledger
+from forebay.stores.store import Store
+
+STEPS = ("tokens", "activations")
+
+
+@pytest.fixture
+def recipe(make_recipe: Callable[..., Path]) -> Path:
+    """Many small units in both steps, in sequences that straddle their edges; what a kill may hit most often."""
+    return make_recipe(
+        tokenize={"context": 60, "layout": "documents", "long_documents": "split", "unit_tokens": 100},
+        capture={
+            "hooks": ["blocks.*.hook_resid_post", "blocks.1.attn.hook_pattern"],
+            "store_dtype": "bfloat16",
+            "unit_tokens": 25,
+            "batch": 2,
+        },
+    )
+
+
+def data(folder: Path) -> dict[str, bytes]:
+    """Every file of every store of a run but the half-written ones that Zarr never takes for its own."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for store in sorted(folder.glob("*/data.zarr"))
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.suffix != ".partial"
+    }
+
+
+def recorded(folder: Path) -> int:
+    return sum(len(Ledger(folder / step).done()) for step in STEPS)
+
+
+def assert_what_is_recorded_is_whole(folder: Path) -> None:
+    """At any time, also right after a kill."""
+    for step in STEPS:
+        if (folder / step / "data.zarr").exists():
+            assert Store.open(folder / step).verify() == {}
+
+
+def test_killed_twenty_times_at_random_moments(
+    recipe: Path, fork_run: Callable[[Path, Path], Any], tmp_path: Path
+) -> None:
+    whole = tmp_path / "uninterrupted"
+    started = time.monotonic()
+    process = fork_run(recipe, whole)
+    process.join()
+    length, n_unit = time.monotonic() - started, recorded(whole)
+    assert process.exitcode == 0
+    assert n_unit > 25
+    expected, chance = data(whole), random.Random(9)
+
+    kills = hits = n_folder = 0
+    while kills < 20:
+        folder = tmp_path / f"killed-{n_folder}"
+        n_folder += 1
+        process = fork_run(recipe, folder)
+        # Several kills a folder, each of a run that goes on from what those before it have left.
+        while kills < 20:
+            process.join(chance.uniform(0, 0.7 * length))
+            process.kill()
+            process.join()
+            if process.exitcode == 0:  # it was done before
+                break
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            hits += 0 < recorded(folder) < n_unit
+            assert_what_is_recorded_is_whole(folder)
+            process = fork_run(recipe, folder)
+        process.join()
+        assert process.exitcode == 0
+        assert recorded(folder) == n_unit
+        assert data(folder) == expected
+    # Else the kills came before the first unit or after the last one, and show nothing.
+    assert hits >= 8, f"{hits} of {kills} kills hit the middle of a run of {length:.1f} s"
+
+
+def test_killed_three_times_through_the_command_line(
+    recipe: Path, start_forebay: Callable[..., Any], fork_run: Callable[[Path, Path], Any], tmp_path: Path
+) -> None:
+    folder, chance = tmp_path / "killed", random.Random(9)
+    for n in (1, 6, 14):
+        process = start_forebay("run", recipe, "--to", folder, "--device", "cpu")
+        until = time.monotonic() + 60
+        while recorded(folder) < n and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert recorded(folder) >= n
+        assert_what_is_recorded_is_whole(folder)
+    n_unit = sum(len(Store.open(folder / step).schema.grid) for step in STEPS)
+    assert recorded(folder) < n_unit
+    process = start_forebay("run", recipe, "--to", folder, "--device", "cpu")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    assert recorded(folder) == n_unit
+    whole = fork_run(recipe, tmp_path / "uninterrupted")
+    whole.join()
+    assert data(folder) == data(tmp_path / "uninterrupted")
