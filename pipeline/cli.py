@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -54,6 +55,8 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
         except (ForebayError, ModelError, HookError) as error:
             raise Refusal(str(error)) from error
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Broken(f"{error.strerror}. What is recorded is safe. Free some space and run again") from error
             raise Broken(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
 
     return checked

@@ -135,6 +135,10 @@ class Store:
     def schema_with_labels(self) -> Schema:
         return replace(self.schema, labels=self.labels)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Labels stay behind: they may be large, and are read again where they are asked for."""
+        return Store, (self.path, self.header)
+
     def todo(self) -> list[Unit]:
         """Units without a record, in order."""
         done = self.ledger.done()

@@ -77,9 +77,6 @@ class KeptArray(BackendArray):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zarr": None}
 
-    def __dask_tokenize__(self) -> tuple[str, ...]:
-        return ("forebay", str(self.store.path), self.path, self.store.fingerprint)
-
 
 def _shards(key: Any, size: int, shard: int) -> Iterable[int]:
     """The shards along a dimension that hold any row of `key`."""

@@ -30,6 +30,15 @@ END = "<|endoftext|>"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A recipe may set the number of torch's threads, which is the process's: no test leaves another one behind."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of 3 layers, as transformers saves it, and a byte-level BPE of 300 tokens.

@@ -63,6 +63,12 @@ def lens_of_run(
     activations = run[f"activations/{hook}"].to_dataset()
     if layers is not None and "layer" in activations.dims:
         selection["layer"] = _layers(layers)
+        there = activations["layer"].values.tolist()
+        if absent := set(selection["layer"]) - set(there):
+            raise SchemaError(
+                f"{folder} has no layer {', '.join(map(str, sorted(absent)))} of {hook!r}; it has "
+                f"{', '.join(map(str, there))}"
+            )
     try:
         activations = activations.sel(selection)
     except KeyError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..progress import duration
 from .status import StepStatus
@@ -79,14 +80,15 @@ def lens_table(lens: xr.Dataset, decode: Mapping[int, str]) -> RenderableType:
             cells += ["–" if top[0] < 0 else f"{show(decode, int(top[0]))} {top[1]:.0%}"]
             cells += ["–" if rank != rank else f"{int(rank)}"]
         following = int(row["next_token_id"])
-        table.add_row(*cells, "–" if following < 0 else show(decode, following))
+        cells += ["–" if following < 0 else show(decode, following)]
+        table.add_row(*map(Text, cells))
     return table
 
 
 def show(decode: Mapping[int, str], token_id: int) -> str:
-    """A token's text, safe for a terminal: control and markup characters escaped, spaces visible."""
+    """A token's text, safe for a terminal: control characters escaped, spaces visible."""
     text = decode[token_id].replace(" ", "·")
-    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def console(err: bool = False) -> Console:

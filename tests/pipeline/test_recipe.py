@@ -42,6 +42,7 @@ dtype = "bfloat16"
 store_dtype = "float16"
 batch = 3
 unit_tokens = 512
+threads = 4
 compression = "zstd"
 """
 LEAST = """
@@ -145,6 +146,7 @@ TABLES = st.fixed_dictionaries(
                 "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
                 "store_dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
                 "batch": COUNT,
+                "threads": COUNT,
                 "unit_tokens": COUNT,
                 "compression": st.sampled_from(["none", "zstd"]),
             },

@@ -218,6 +218,7 @@ def test_run_unit_of_no_run_or_no_unit_says_so(make_recipe: MakeRecipe, tmp_path
         ("unit_tokens", 128, 64),
         ("compression", "zstd", "none"),
     ],
+    ids=lambda value: str(value).strip("[']"),
 )
 def test_another_capture_is_refused_with_both_fingerprints_and_the_setting_named(
     make_recipe: MakeRecipe, tmp_path: Path, key: str, value: Any, was: Any
@@ -237,6 +238,13 @@ def test_another_capture_is_refused_with_both_fingerprints_and_the_setting_named
     assert message.count("parameters.") == 1
     assert stamps(folder, "tokens", "activations") == before
     assert json.loads((folder / "recipe.json").read_text())["fingerprints"]["activations"] == ours
+
+
+def test_another_number_of_threads_is_refused_for_it_can_change_a_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    forebay.run(make_recipe(capture={"threads": 1}), folder)
+    with pytest.raises(FingerprintMismatch, match=r"numerics\.threads: 2 here, 1 in the store"):
+        forebay.run(make_recipe(capture={"threads": 2}), folder)
 
 
 def test_another_capture_may_use_the_same_tokens_once_the_activations_are_deleted(

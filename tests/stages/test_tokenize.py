@@ -385,9 +385,7 @@ def test_special_tokens_in_the_text_are_text_unless_asked(
     [
         ({}, [], ["<|im_end|>"]),
         ({"layout": "documents"}, [], []),
-        ({"layout": "documents", "separator": "eos"}, [], ["<|im_end|>"]),
         ({"separator": "<|endoftext|>", "prepend_bos": True}, ["<|im_start|>"], ["<|endoftext|>"]),
-        ({"separator": "none"}, [], []),
     ],
 )
 def test_what_auto_means(
@@ -502,3 +500,4 @@ def test_its_parameters_are_json_and_make_it_again(tiny_model: Path) -> None:
     stage = Tokenize(model=ModelSource(source=str(tiny_model)), context=16, separator="none", unit_tokens=32)
     said = json.loads(json.dumps(stage.parameters()))
     assert Tokenize(**{**said, "model": ModelSource(**said["model"])}) == stage
+    assert stage.about() == {"model": {"source": str(tiny_model), "revision": None}}
