@@ -119,7 +119,7 @@ def run_unit(folder: str | Path, step: str, index: int, device: str = "auto") ->
     store, unit = this.open(), this.schema.grid[index]
     block = _read(this, plan.source(this), unit)
     started = time.perf_counter()
-    writer = store.writer(unit)
+    writer = UnitWriter(store, unit)
     for piece in apply(block, unit):
         writer.put(piece)
     return writer.finish({"compute": time.perf_counter() - started})
@@ -207,7 +207,7 @@ def _compute(
     apply: Apply, block: xr.Dataset, unit: Unit, store: Store, progress: Progress, stop: Event
 ) -> UnitWriter | None:
     """The unit's pieces, gathered in a writer while the next one computes. None if the run is to stop."""
-    writer = store.writer(unit)
+    writer = UnitWriter(store, unit)
     with ThreadPoolExecutor(1, "gather") as gatherer:
         gathered: Future[None] | None = None
         for piece in apply(block, unit):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""How a file system says that there is no room, for anyone or for this user."""
 
 
 class ForebayError(Exception):

@@ -28,12 +28,11 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
 from .dtypes import format_of
-from .errors import CorruptStore, DiskFull, FingerprintMismatch
+from .errors import FULL, CorruptStore, DiskFull, FingerprintMismatch
 from .fingerprint import differences
 from .grid import Unit
 from .ledger import Ledger, sync_folder
 from .schema import LABELS, Array, Header, Schema, read_header
-from .writer import FULL, UnitWriter
 
 DATA = "data.zarr"
 
@@ -152,10 +151,6 @@ class Store:
         """The open Zarr array at a path of the store, read-only."""
         return self._root("r")[path]
 
-    def writer(self, unit: Unit) -> UnitWriter:
-        """Takes the pieces of one unit, then writes and records them."""
-        return UnitWriter(self, unit)
-
     def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> None:
         """Writes whole shards: `values` are the `rows` of the array, in their kept form.
 
@@ -215,6 +210,9 @@ class Store:
         Without `before` only when no run is writing.
         """
         for leftover in self.path.rglob("*.partial"):
+            if _changed(leftover) < before:
+                leftover.unlink(missing_ok=True)
+        for leftover in self.ledger.folder.glob("*/.*.tmp"):
             if _changed(leftover) < before:
                 leftover.unlink(missing_ok=True)
         for leftover in self.path.parent.glob(f".{DATA}.*"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
@@ -14,19 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import format_of
-from .errors import DiskFull, SchemaError
+from .errors import FULL, DiskFull, SchemaError
 from .fingerprint import versions, whereabouts
 from .grid import Unit
 from .ledger import Record, sync_folder
 from .schema import check_block
+from .store import Store
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from .store import Store
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""How a file system says that there is no room, for anyone or for this user."""
 
 MERGE = {"sum": np.add, "max": np.maximum}
 """How statistics of pieces combine: by the last word of their name, as in `square_sum`, `abs_max`."""

@@ -190,6 +190,9 @@ def fork_run() -> Callable[[Path, Path], Any]:
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["forebay.pipeline.run", "forebay.stages.models.load", "forebay.stores.tree"])
+    first = context.Process(target=int)  # the server imports when it is first needed
+    first.start()
+    first.join()
 
     def start(recipe: Path, folder: Path) -> Any:
         from forebay.pipeline.run import run

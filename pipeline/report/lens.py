@@ -10,7 +10,6 @@ from typing import Any
 import xarray as xr
 
 from ...stages.analyze.logit_lens import logit_lens
-from ...stages.models.model import load_unembedding
 from ...stores.errors import FingerprintMismatch, SchemaError, nearest
 from ...stores.fingerprint import sha256_files
 from ...stores.tree import open_run
@@ -81,6 +80,8 @@ def lens_of_run(
 
 def _unembedding(folder: Path, run: xr.DataTree) -> Any:
     """The unembedding of the model that made the run. FingerprintMismatch if its files have changed since."""
+    from ...stages.models.model import load_unembedding
+
     recipe = Recipe.from_json(run.attrs["recipe"])
     checkpoint = recipe.model.open()
     made_from = run["activations"].attrs["determines"]["files"]

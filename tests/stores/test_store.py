@@ -38,6 +38,7 @@ from forebay.stores.grid import Unit
 from forebay.stores.ledger import Record
 from forebay.stores.schema import Array, Schema, along_sequence, along_token
 from forebay.stores.store import DATA, Store
+from forebay.stores.writer import UnitWriter
 
 OURS, THEIRS = "0123456789ab" * 5 + "0123", "ba9876543210" * 5 + "3210"
 MADE_BY = {"determines": {"step": "capture", "parameters": {"context": 4, "hooks": ["a", "b"]}}, "versions": {}}
@@ -122,7 +123,7 @@ def pieces(schema: Schema, values: Values, unit: Unit, size: int) -> Iterator[xr
 
 
 def write(store: Store, unit: Unit, values: Values, size: int = 3) -> Record:
-    writer = store.writer(unit)
+    writer = UnitWriter(store, unit)
     for piece in pieces(store.schema_with_labels, values, unit, size):
         writer.put(piece)
     return writer.finish({"compute": 0.5})
@@ -369,7 +370,7 @@ def test_a_record_says_what_the_unit_is(tmp_path: Path) -> None:
 def test_statistics_of_pieces_are_merged_by_their_last_word(tmp_path: Path) -> None:
     schema = schema_of()
     store = create(tmp_path, schema)
-    writer = store.writer(schema.grid[0])
+    writer = UnitWriter(store, schema.grid[0])
     said = [{"abs_max": [1.0, 9.0], "square_sum": [1.5, 2.0]}, {"abs_max": [3.0, 2.0], "square_sum": [0.25, 4.0]}]
     for piece, statistics in zip(pieces(schema, random_values(schema), schema.grid[0], 4), said * 2, strict=False):
         if "hook_resid_post" in piece.children:
@@ -382,7 +383,7 @@ def test_statistics_of_pieces_are_merged_by_their_last_word(tmp_path: Path) -> N
 def test_nothing_is_on_disk_before_a_unit_is_finished(tmp_path: Path) -> None:
     schema = schema_of()
     store = create(tmp_path, schema)
-    writer = store.writer(schema.grid[0])
+    writer = UnitWriter(store, schema.grid[0])
     for piece in pieces(schema, random_values(schema), schema.grid[0], 3):
         writer.put(piece)
     assert objects(store) == {}
@@ -438,19 +439,19 @@ def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path, which: str) -> Non
     if "hook_resid_post/value" in changed:
         nodes = {"/hook_resid_post": changed.rename({"hook_resid_post/value": "value"})}
     with pytest.raises(SchemaError, match=message):
-        create(tmp_path, schema_of()).writer(schema_of().grid[0]).put(xr.DataTree.from_dict(nodes))
+        UnitWriter(create(tmp_path, schema_of()), schema_of().grid[0]).put(xr.DataTree.from_dict(nodes))
 
 
 def test_a_piece_with_too_few_layers_is_refused(tmp_path: Path) -> None:
     value = xr.DataArray(np.zeros((1, 3, 3), np.uint16), dims=("layer", "token", "d_model"), coords={"token": range(3)})
-    writer = create(tmp_path, schema_of()).writer(schema_of().grid[0])
+    writer = UnitWriter(create(tmp_path, schema_of()), schema_of().grid[0])
     with pytest.raises(SchemaError, match=r"hook_resid_post/value: a piece of shape \(1, 3, 3\) .* shape \(2, 26, 3\)"):
         writer.put(xr.DataTree.from_dict({"/hook_resid_post": value.to_dataset(name="value")}))
 
 
 def test_rows_that_come_twice_are_refused(tmp_path: Path) -> None:
     schema = schema_of()
-    writer = create(tmp_path, schema).writer(schema.grid[0])
+    writer = UnitWriter(create(tmp_path, schema), schema.grid[0])
     first, *others = pieces(schema, random_values(schema), schema.grid[0], 3)
     for piece in (first, *others):
         writer.put(piece)
@@ -469,7 +470,7 @@ def test_rows_that_come_twice_are_refused(tmp_path: Path) -> None:
 def test_rows_that_never_came_are_named_and_nothing_is_recorded(tmp_path: Path, left_out: int, message: str) -> None:
     schema = schema_of()
     store = create(tmp_path, schema)
-    writer = store.writer(schema.grid[1])
+    writer = UnitWriter(store, schema.grid[1])
     for i, piece in enumerate(pieces(schema, random_values(schema), schema.grid[1], 3)):
         if i != left_out:
             writer.put(piece)
@@ -518,6 +519,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, xarray as xr
 from forebay.stores.schema import Schema, along_token
 from forebay.stores.store import Store
+from forebay.stores.writer import UnitWriter
 
 n = 8
 schema = Schema(kind="tokens", n_token=4 * n, unit_tokens=4,
@@ -526,7 +528,7 @@ schema = Schema(kind="tokens", n_token=4 * n, unit_tokens=4,
 
 def join_and_write(unit):
     store = Store.create(Path(sys.argv[1]), schema, "f" * 64, {"determines": {}})
-    writer, own = store.writer(store.schema.grid[unit]), np.arange(4 * unit, 4 * unit + 4, dtype=np.uint32)
+    writer, own = UnitWriter(store, store.schema.grid[unit]), np.arange(4 * unit, 4 * unit + 4, dtype=np.uint32)
     writer.put(xr.DataTree(xr.Dataset({"token_id": (("token",), own + 100)}, coords={"token": pd.Index(own)})))
     writer.finish({})
 """

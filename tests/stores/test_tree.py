@@ -24,6 +24,7 @@ from forebay.stores.errors import CorruptStore, IncompleteStore, StoreNotFound
 from forebay.stores.schema import Schema, along_sequence, along_token
 from forebay.stores.store import DATA, Store
 from forebay.stores.tree import Chunks, open_run, open_store, read_rows
+from forebay.stores.writer import UnitWriter
 
 UNIT, LENGTHS, LAYERS = 8, [3, 9, 1, 8, 5], [0, 11]
 N_TOKEN = sum(LENGTHS)
@@ -88,7 +89,7 @@ RESID = VALUES["hook_resid_post/value"]
 def write(folder: Path, schema: Schema, units: list[int]) -> None:
     store = Store.create(folder, schema, "f" * 64, PROVENANCE)
     for unit in (schema.grid[index] for index in units):
-        writer = store.writer(unit)
+        writer = UnitWriter(store, unit)
         for path, array in schema.arrays.items():
             long = "token" if "token" in array.dims else "sequence"
             own = np.arange(schema.n_token if long == "token" else 5)[schema.rows(unit)[long]]
