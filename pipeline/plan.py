@@ -20,8 +20,8 @@ from ..stores.errors import DiskFull, StoreNotFound
 from ..stores.fingerprint import canonical_json, fingerprint, sha256_files, versions
 from ..stores.grid import Unit
 from ..stores.ledger import Ledger, read_json, write_atomic
-from ..stores.schema import Schema
-from ..stores.store import DATA, Store, mismatch
+from ..stores.schema import DATA, Schema
+from ..stores.store import Store, mismatch
 from ..stores.tree import read_rows
 from .recipe import Recipe, read_recipe
 

@@ -24,6 +24,9 @@ from .ledger import read_json
 FORMAT = 1
 """Version of the layout on disk. Raised when older readers would misread a store."""
 
+DATA = "data.zarr"
+"""Name of the Zarr hierarchy in a step's folder."""
+
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**26
 COMPRESSIONS = ("none", "zstd")

@@ -32,9 +32,7 @@ from .errors import FULL, CorruptStore, DiskFull, FingerprintMismatch
 from .fingerprint import differences
 from .grid import Unit
 from .ledger import Ledger, sync_folder
-from .schema import LABELS, Array, Header, Schema, read_header
-
-DATA = "data.zarr"
+from .schema import DATA, Array, Header, Schema, read_header
 
 
 def _codecs(compression: str, itemsize: int) -> list[Any]:
@@ -311,6 +309,3 @@ def _disagreement(path: Path, said: Mapping[str, Any]) -> str | None:
         if digest == said["sha256"]
         else f"{path}: its bytes have changed since they were recorded (sha256 {digest[:12]})"
     )
-
-
-__all__ = ["DATA", "LABELS", "Store", "mismatch"]

@@ -19,9 +19,9 @@ from .errors import CorruptStore, IncompleteStore, StoreNotFound
 from .grid import Grid
 from .labels import token_coords
 from .ledger import read_json
-from .schema import Array
+from .schema import DATA, Array
 from .selections import tokens_at
-from .store import DATA, Store
+from .store import Store
 
 MOST_CHUNKS = 10_000
 """Dask spends about half a millisecond a chunk: larger arrays are opened in chunks of several shards."""

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...stores.errors import StoreNotFound
 from ...stores.ledger import Ledger
+from ...stores.schema import DATA, Schema, read_header
 
-DATA = "data.zarr"
 NEWEST = 8
 """Records that the rate is taken from."""
 
@@ -42,8 +41,6 @@ class StepStatus:
 
 def status(folder: Path) -> list[StepStatus]:
     """The steps of a run that have a store, those that others read first. StoreNotFound if there is none."""
-    from ...stores.schema import read_header
-
     found = []
     for data in sorted(folder.glob(f"*/{DATA}")):
         header = read_header(data)
@@ -55,7 +52,7 @@ def status(folder: Path) -> list[StepStatus]:
     return sorted(found, key=lambda step: step.kind != "tokens")
 
 
-def step_status(folder: Path, schema: Any) -> StepStatus:
+def step_status(folder: Path, schema: Schema) -> StepStatus:
     ledger = Ledger(folder)
     done = ledger.done()
     return StepStatus(
@@ -76,6 +73,3 @@ def _rate(ledger: Ledger, done: set[int]) -> float | None:
     seconds = sum(record["seconds"].get("compute", 0.0) for record in records)
     tokens = sum(record["rows"]["token"][1] - record["rows"]["token"][0] for record in records)
     return tokens / seconds if seconds else None
-
-
-__all__ = ["StepStatus", "status"]

@@ -85,7 +85,6 @@ def test_killed_twenty_times_at_random_moments(
         assert process.exitcode == 0
         assert recorded(folder) == n_unit
         assert data(folder) == expected
-    print(f"{hits} of {kills} kills hit the middle of a run of {length:.1f} s; {n_folder} runs")
     # Else the kills came before the first unit or after the last one, and show nothing.
     assert hits >= 8, f"{hits} of {kills} kills hit the middle of a run of {length:.1f} s"
 

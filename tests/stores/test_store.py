@@ -36,8 +36,8 @@ from forebay.stores.errors import (
 )
 from forebay.stores.grid import Unit
 from forebay.stores.ledger import Record
-from forebay.stores.schema import Array, Schema, along_sequence, along_token
-from forebay.stores.store import DATA, Store
+from forebay.stores.schema import DATA, Array, Schema, along_sequence, along_token
+from forebay.stores.store import Store
 from forebay.stores.writer import UnitWriter
 
 OURS, THEIRS = "0123456789ab" * 5 + "0123", "ba9876543210" * 5 + "3210"

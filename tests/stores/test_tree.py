@@ -21,8 +21,8 @@ from zarr.storage import LocalStore
 
 from forebay.stores import tree
 from forebay.stores.errors import CorruptStore, IncompleteStore, StoreNotFound
-from forebay.stores.schema import Schema, along_sequence, along_token
-from forebay.stores.store import DATA, Store
+from forebay.stores.schema import DATA, Schema, along_sequence, along_token
+from forebay.stores.store import Store
 from forebay.stores.tree import Chunks, open_run, open_store, read_rows
 from forebay.stores.writer import UnitWriter
 
