@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
+
+from .exit_codes import FAILED, INTERRUPTED, REFUSED
 
 if TYPE_CHECKING:
     from ..stores.store import Store
@@ -27,13 +28,13 @@ DEVICE = click.option(
 class Refusal(click.ClickException):
     """Something the user can mend: one message, no traceback."""
 
-    exit_code = 2
+    exit_code = REFUSED
 
 
 class Broken(Refusal):
     """Something that went wrong on disk."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
     @wraps(command)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         from ..stages.models.errors import HookError, ModelError
-        from ..stores.errors import CorruptStore, DiskFull, ForebayError
+        from ..stores.errors import FULL, CorruptStore, DiskFull, ForebayError
 
         try:
             return command(*args, **kwargs)
@@ -54,8 +55,12 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
             raise Broken(str(error)) from error
         except (ForebayError, ModelError, HookError) as error:
             raise Refusal(str(error)) from error
+        except KeyboardInterrupt:
+            # Before a run could take signals over, or at the second one. Exit code 1 would say that units had failed.
+            click.echo("Interrupted. What is recorded is safe; run the same command again to go on.", err=True)
+            sys.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 raise Broken(f"{error.strerror}. What is recorded is safe. Free some space and run again") from error
             raise Broken(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
 

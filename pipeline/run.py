@@ -27,12 +27,10 @@ from ..stores.grid import Unit
 from ..stores.ledger import Record
 from ..stores.store import Store
 from ..stores.writer import UnitWriter
+from .exit_codes import COMPLETE, FAILED, INTERRUPTED
 from .plan import Plan, Source, Step, default_folder, load_plan, make_plan, resolve_device
 from .progress import Progress, Quiet
 from .recipe import Recipe, read_recipe
-
-COMPLETE, FAILED, INTERRUPTED = 0, 1, 75
-"""Exit codes: all is recorded; units failed; stopped early, run me again (EX_TEMPFAIL)."""
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 

@@ -275,7 +275,8 @@ def _store(values: torch.Tensor, dtype: str, point: HookPoint) -> tuple[NDArray[
     import torch
 
     stored = values.to(getattr(torch, dtype))
-    found = values.detach().float().nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+    # Of what is finite: a masked attention score is minus infinity, and a record could not say so in JSON.
+    found = values.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     largest = float(found.abs().amax()) if found.numel() else 0.0
     if values.dtype != stored.dtype:
         if bool((torch.isinf(stored) & ~torch.isinf(values)).any()):

@@ -26,7 +26,7 @@ want to tell me, and I have no objection to hearing it." This was invitation eno
 
 END = "<|endoftext|>"
 
-# Checks are the reader's own; a model that is asked for by name must never be looked for on a network.
+# A model that is not on this machine is refused at once, and never looked for on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -4,6 +4,7 @@ and never at the cost of what was recorded before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -457,6 +458,24 @@ def test_a_run_without_a_terminal_says_it_in_plain_lines(
     assert "forebay.open_run('somewhere')" in output
     monkeypatch.chdir(tmp_path)
     exec(output[output.index("    import forebay") :].replace("    ", ""), {})  # noqa: S102 - as a reader would
+
+
+def test_a_run_on_a_terminal_shows_live_bars(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, (outer, inner) = make_recipe(**SMALL), os.openpty()
+    command = [sys.executable, "-m", "forebay", "run", str(recipe), "--to", str(tmp_path / "run"), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=inner, stderr=inner, env={**os.environ, "TERM": "xterm"})
+    os.close(inner)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(outer, 4096):
+            shown += part
+    os.close(outer)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "Traceback" not in text
+    n = forebay.open_run(tmp_path / "run")["tokens"].sizes["token"]
+    for step in ("tokens", "activations"):
+        assert re.search(rf"{step} +━+ {n}/{n} tokens +[\d,]+/s", text)
 
 
 def test_a_second_run_says_that_all_was_done(make_recipe: MakeRecipe, finished: Path) -> None:

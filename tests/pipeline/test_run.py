@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from tokenizers import Tokenizer
 import forebay
 from forebay.pipeline.progress import Quiet
 from forebay.pipeline.report.tables import outcome_text
-from forebay.pipeline.run import COMPLETE, FAILED, INTERRUPTED, run_unit, stop_on_signals
+from forebay.pipeline.exit_codes import COMPLETE, FAILED, INTERRUPTED
+from forebay.pipeline.run import run_unit, stop_on_signals
 from forebay.stages.capture import Capture
 from forebay.stages.tokenize import Tokenize
 from forebay.stores.errors import DiskFull, FingerprintMismatch, IncompleteStore, StoreNotFound
@@ -476,6 +478,22 @@ def test_a_second_signal_stops_at_once_and_the_handlers_are_given_back() -> None
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
 
 
+def test_two_signals_at_once_end_the_process_with_the_same_code(
+    make_recipe: MakeRecipe, start_forebay: Start, texts: list[str], tmp_path: Path
+) -> None:
+    """1 would say that units have failed."""
+    recipe, folder = make_recipe(texts=texts * 2, capture={"unit_tokens": 32}), tmp_path / "run"
+    process = start_forebay("run", recipe, "--to", folder, "--device", "cpu")
+    wait_for_units(process, folder, 2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, output + errors
+    assert "Traceback" not in errors
+    assert "What is recorded is safe; run the same command again" in output + errors
+    assert Store.open(folder / "activations").verify() == {}
+
+
 def test_outside_the_main_thread_a_run_leaves_signals_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     found: list[Any] = []
     recipe = make_recipe(capture=None)
@@ -509,6 +527,25 @@ def test_runs_at_once_both_end_well_and_never_take_a_recorded_object_away(
         assert not list(folder.glob("*/failed/*"))
         assert_whole(folder)
         assert data(folder) == data(tmp_path / "alone")
+
+
+def test_a_run_clears_away_what_killed_ones_left_and_nothing_that_another_is_writing(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, folder = make_recipe(), tmp_path / "run"
+    forebay.run(recipe, folder)
+    store = Store.open(folder / "activations")
+    store.ledger.drop(1)
+    shards = store.path / "hook_resid_post" / "value" / "c" / "0" / "1"
+    old, new = (shards / f"0.{name}.partial" for name in ("aaaa", "bbbb"))
+    aside = folder / "activations" / ".data.zarr.cccc"
+    aside.mkdir()
+    for path in (old, new):
+        path.write_bytes(b"half a shard")
+    for path, seconds in ((old, -60), (aside, -60), (new, 3600)):
+        os.utime(path, times=(time.time() + seconds,) * 2)
+    forebay.run(recipe, folder)
+    assert [old.exists(), aside.exists(), new.exists()] == [False, False, True]
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────

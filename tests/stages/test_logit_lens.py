@@ -174,6 +174,15 @@ def test_every_other_token_has_no_next_one(run: Path, unembedding: Unembedding) 
     assert np.isnan(lens["next_rank"]).all()
 
 
+def test_a_token_of_another_sequence_is_no_next_one_though_its_position_is(run: Path, unembedding: Unembedding) -> None:
+    data = node(run)
+    sequence, position = data["sequence"].values, data["position"].values
+    here = np.flatnonzero((sequence == 2) & (position == 4))
+    there = np.flatnonzero((sequence == 3) & (position == 5))
+    lens = logit_lens(data.isel(token=np.concatenate([here, there])), unembedding).compute()
+    assert lens["next_token_id"].values.tolist() == [-1, -1]
+
+
 @pytest.mark.parametrize("chunks", ["auto", None])
 def test_an_empty_selection_has_an_empty_lens(run: Path, unembedding: Unembedding, chunks: Any) -> None:
     lens = logit_lens(node(run, chunks).isel(token=slice(0, 0)), unembedding, top=2).compute()
