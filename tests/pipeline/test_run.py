@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import forebay
+from forebay.pipeline.exit_codes import COMPLETE, FAILED, INTERRUPTED
 from forebay.pipeline.progress import Quiet
 from forebay.pipeline.report.tables import outcome_text
-from forebay.pipeline.exit_codes import COMPLETE, FAILED, INTERRUPTED
 from forebay.pipeline.run import run_unit, stop_on_signals
 from forebay.stages.capture import Capture
 from forebay.stages.tokenize import Tokenize
