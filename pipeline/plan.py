@@ -5,6 +5,7 @@ work.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def make_plan(
     folder.mkdir(parents=True, exist_ok=True)
     hashes = sha256_files(paths, folder / "files.json")
     corpus = {
-        "files": [[path.name, hashes[path]] for path in paths],
+        "files": {f"{i:06d} {os.path.relpath(path, recipe.corpus.root)}": hashes[path] for i, path in enumerate(paths)},
         "text_key": recipe.corpus.text_key,
         "id_key": recipe.corpus.id_key,
         **tokenize.identity(),
@@ -171,13 +172,13 @@ def make_plan(
     for stage in recipe.stages:
         before = next((step for step in steps if step.stage.verb == stage.source), None)
         source = before.schema if before else documents.schema
-        upstream = before.fingerprint if before else documents.fingerprint
+        upstream = before.fingerprint if before else corpus
         steps.append(_step(stage, source, upstream, folder, device))
         steps[-1].check_store()
     return Plan(recipe, folder, device, documents, tuple(steps))
 
 
-def _step(stage: Stage, source: Schema, upstream: str, folder: Path, device: str) -> Step:
+def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: Path, device: str) -> Step:
     schema = stage.schema(source)
     hashes = sha256_files(stage.files(), folder / "files.json")
     payload = {

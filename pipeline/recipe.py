@@ -100,12 +100,13 @@ def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> R
 
 
 def _locate(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A model's source that exists as a path beside the recipe is that path; anything else is a hub id or a package's
-    file.
+    """A model's source that exists as a path, beside the recipe or else in the current folder, is that path, whole;
+    anything else is a hub id or a package's file.
     """
     source = table.get("source")
-    if isinstance(source, str) and (folder / source).exists():
-        return {**table, "source": str(folder / source)}
+    for place in (folder, Path.cwd()):
+        if isinstance(source, str) and source and (place / source).exists():
+            return {**table, "source": str((place / source).resolve())}
     return dict(table)
 
 

@@ -222,7 +222,7 @@ def unknown_device(folder: Path, make_recipe: MakeRecipe) -> tuple[Path, list[st
     return make_recipe("bad"), ["--device", "gpu"]
 
 
-@bad("was made by another recipe", "source: ", "Run into another folder, or delete ")
+@bad("was made by another recipe", "source.files.000000 ", "Run into another folder, or delete ")
 def another_corpus(folder: Path, make_recipe: MakeRecipe) -> tuple[Path, list[str]]:
     return make_recipe("bad", texts=["Another text."], **SMALL), []
 
