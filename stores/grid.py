@@ -35,9 +35,3 @@ class Grid:
 
     def __iter__(self) -> Iterator[Unit]:
         return (self[index] for index in range(len(self)))
-
-    def touching(self, start: int, stop: int) -> range:
-        """Indexes of the units that hold any token of [start, stop)."""
-        if stop <= start:
-            return range(0)
-        return range(start // self.step, (min(stop, self.size) - 1) // self.step + 1)

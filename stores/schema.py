@@ -29,7 +29,6 @@ DATA = "data.zarr"
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**26
-COMPRESSIONS = ("none", "zstd")
 LABELS = ("sequences/start", "sequences/document", "documents/start", "documents/id")
 """Label arrays that every store carries, so that each can be read alone: where sequences and documents start on
 `token`.

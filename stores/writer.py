@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import format_of
 from .errors import FULL, DiskFull, SchemaError
 from .fingerprint import versions, whereabouts
 from .grid import Unit
@@ -158,11 +157,6 @@ def _rows_of(path: str, variable: xr.DataArray, long: str) -> tuple[int, int]:
             + ("…" if len(labels) > 6 else "")
         )
     return first, first + len(labels)
-
-
-def encode_values(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Values in the form in which `dtype` is kept, ready for a piece."""
-    return format_of(dtype).encode(values)
 
 
 def _make_durable(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from forebay.stores.dtypes import FORMATS, bfloat16_to_float32, float32_to_bfloat16, format_of
 from forebay.stores.errors import SchemaError
-from forebay.stores.writer import encode_values
 
 EVERY_PATTERN = np.arange(2**16, dtype=np.uint16)
 EXPONENT, MANTISSA, QUIET = np.uint16(0x7F80), np.uint16(0x007F), np.uint16(0x0040)
@@ -122,7 +121,7 @@ def test_every_other_dtype_is_kept_as_itself(dtype: str) -> None:
     values = np.array([0, 1, 1, 0]).astype(dtype)
     format_ = format_of(dtype)
     assert (format_.kept, format_.read, format_.itemsize) == (dtype, dtype, values.itemsize)
-    kept = encode_values(values, dtype)
+    kept = format_of(dtype).encode(values)
     assert kept.dtype == np.dtype(dtype)
     np.testing.assert_array_equal(format_.decode(kept), values)
 
