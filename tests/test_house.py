@@ -145,7 +145,7 @@ def test_the_arrow_points_one_way(folder: str, allowed: list[str]) -> None:
 
 THIRD_PARTY = [
     # folder, at import, and what a function may ask for besides
-    ("stages.models", {"torch", "safetensors"}, {"gguf", "tokenizers", "huggingface_hub", "numpy", "xarray"}),
+    ("stages.models", {"torch", "safetensors"}, {"gguf", "tokenizers", "huggingface_hub", "jinja2", "numpy", "xarray"}),
     (
         "stores",
         {"numpy", "xarray", "zarr", "zstandard"},

@@ -10,17 +10,27 @@ if TYPE_CHECKING:
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
     from forebay.stages.analyze.logit_lens import logit_lens
+    from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention
+    from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
     from forebay.stages.models.load import load_model
-    from forebay.stages.models.model import load_unembedding
     from forebay.stages.models.points import HookPoint
     from forebay.stages.models.taps import HookSpec
+    from forebay.stages.models.unembedding import load_unembedding
     from forebay.stores.tree import open_run, open_store
 
 _HOMES = {
+    "Add": "forebay.stages.models.interventions",
+    "Apply": "forebay.stages.models.interventions",
     "HookPoint": "forebay.stages.models.points",
     "HookSpec": "forebay.stages.models.taps",
+    "Knockout": "forebay.stages.models.edges",
+    "KnockoutSpec": "forebay.stages.models.edges",
+    "Replace": "forebay.stages.models.interventions",
+    "Scale": "forebay.stages.models.interventions",
+    "SteerAttention": "forebay.stages.models.edges",
+    "Zero": "forebay.stages.models.interventions",
     "load_model": "forebay.stages.models.load",
-    "load_unembedding": "forebay.stages.models.model",
+    "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
     "open_run": "forebay.stores.tree",
     "open_store": "forebay.stores.tree",
@@ -30,8 +40,16 @@ _HOMES = {
 
 __version__ = metadata.version("forebay")
 __all__ = [
+    "Add",
+    "Apply",
     "HookPoint",
     "HookSpec",
+    "Knockout",
+    "KnockoutSpec",
+    "Replace",
+    "Scale",
+    "SteerAttention",
+    "Zero",
     "load_model",
     "load_unembedding",
     "logit_lens",

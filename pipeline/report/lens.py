@@ -80,7 +80,7 @@ def lens_of_run(
 
 def _unembedding(folder: Path, run: xr.DataTree) -> Any:
     """The unembedding of the model that made the run. FingerprintMismatch if its files have changed since."""
-    from ...stages.models.model import load_unembedding
+    from ...stages.models.unembedding import load_unembedding
 
     recipe = Recipe.from_json(run.attrs["recipe"])
     checkpoint = recipe.model.open()

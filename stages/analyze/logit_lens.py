@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...stores.errors import SchemaError
 
 if TYPE_CHECKING:
-    from ..models.model import Unembedding
+    from ..models.unembedding import Unembedding
 
 AT_ONCE = 2**24
 """Logits held at a time: 64 MiB in float32."""
@@ -128,7 +128,7 @@ def _lens_rows(resid: Any, following: Any, unembedding: Unembedding, top: int) -
 
     with torch.inference_mode():
         device = unembedding.weight.device
-        logits = unembedding.logits(resid.to(device)).cpu()
+        logits = unembedding.project_to_vocab(resid.to(device)).cpu()
         normalizer = logits.logsumexp(-1, keepdim=True)
         strongest = logits.topk(top)
         own = logits.gather(-1, following.clamp(min=0)[:, None])

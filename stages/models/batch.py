@@ -27,6 +27,10 @@ class Batch:
     token_ids: Tensor
     lengths: tuple[int, ...]
 
+    def rows(self) -> list[Tensor]:
+        """The sequences without padding."""
+        return [row[:length] for row, length in zip(self.token_ids, self.lengths, strict=True)]
+
 
 def make_batch(token_ids: TokenIds, spec: ModelSpec, device: torch.device) -> Batch:
     """Check token ids and lay them out on a device.

@@ -5,10 +5,11 @@ a GGUF file become float32. Nothing is unpickled: a checkpoint without safetenso
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .chat import ChatTemplates
 from .errors import ModelError, nearest
 from .spec import ModelSpec
 
@@ -29,11 +30,14 @@ class SpecialTokens:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """A tokenizer at rest: `build` makes a `tokenizers.Tokenizer`; `add_bos` says whether the model was trained with a
-    beginning-of-sequence token before every text."""
+    beginning-of-sequence token before every text. `stops` are all ids that end a text or a turn, `special.eos` first
+    where there is one; `chat` the model's chat templates."""
 
     build: "Callable[[], tokenizers.Tokenizer]"
     special: SpecialTokens
     add_bos: bool
+    stops: tuple[int, ...] = ()
+    chat: ChatTemplates = field(default_factory=ChatTemplates)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

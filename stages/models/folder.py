@@ -1,15 +1,17 @@
 """A checkpoint as a folder: config.json, safetensors in one file or in shards, and perhaps tokenizer.json."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .chat import DEFAULT, ChatTemplates, parse_templates
 from .checkpoint import Checkpoint, SpecialTokens, Vocabulary
 from .errors import ModelError
 from .families import family_of, parse_config
-from .families.family import match_tensors, name_tensors
+from .families.layout import match_tensors, unembedding_again
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,9 +37,9 @@ def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
             if name in place:
                 raise ModelError(f"{name} stands in both {place[name].name} and {path.name} of {folder}")
             place[name], shapes[name] = path, shape
-    family = family_of(values, str(config_path))
-    tensor_of = name_tensors(spec, family.names)
-    match_tensors(spec, tensor_of, shapes, buffers=family.buffers, where=str(folder))
+    layout = family_of(values, str(config_path)).layout
+    parts = match_tensors(spec, layout, shapes, where=str(folder))
+    again = unembedding_again(spec, layout)
 
     @functools.cache
     def mapped(path: Path) -> Any:
@@ -45,8 +47,14 @@ def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
 
         return safetensors.safe_open(str(path), framework="pt", device="cpu")
 
+    def stored(name: str) -> "torch.Tensor":
+        tensor: torch.Tensor = mapped(place[name]).get_tensor(name)
+        return tensor
+
     def read(name: str) -> "torch.Tensor":
-        tensor: torch.Tensor = mapped(place[tensor_of[name]]).get_tensor(tensor_of[name])
+        tensor = parts[name].take(stored(parts[name].tensor))
+        if name == "embed.weight" and again in place and not tensor.equal(stored(again)):
+            raise ModelError(f"{folder} ties the unembedding to the embedding, but holds another one in {again}")
         return tensor
 
     return Checkpoint(
@@ -124,23 +132,52 @@ def _vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
         **{name: _token_id(tokenizer, f"{name}_token", settings, config) for name in ("bos", "eos", "unk")}
     )
     begins = tokenizer.encode("").ids
+    generation = folder / "generation_config.json"
+    ends = [special.eos, *_token_ids("eos_token", config)]
+    ends += _token_ids("eos_token", _json(generation) if generation.exists() else {})
+    ids = {f"{name}_token": id_ for name, id_ in dataclasses.asdict(special).items() if id_ is not None}
+    texts = {key: tokenizer.id_to_token(id_) for key, id_ in ids.items()}
+    texts |= {key: _text_of(settings, key) for key in settings if key.endswith("_token")}
     return Vocabulary(
         build=functools.partial(_tokenizer, folder),
         special=special,
         add_bos=special.bos is not None and begins[:1] == [special.bos],
+        stops=tuple(dict.fromkeys(id_ for id_ in ends if id_ is not None)),
+        chat=ChatTemplates(
+            templates=_templates(folder, settings),
+            special={key: text for key, text in texts.items() if text is not None},
+            source=str(folder),
+        ),
     )
+
+
+def _text_of(settings: Mapping[str, Any], key: str) -> str | None:
+    text = settings.get(key)
+    text = text.get("content") if isinstance(text, Mapping) else text
+    return text if isinstance(text, str) else None
 
 
 def _token_id(
     tokenizer: "tokenizers.Tokenizer", key: str, settings: Mapping[str, Any], config: Mapping[str, Any]
 ) -> int | None:
-    text = settings.get(key)
-    text = text["content"] if isinstance(text, Mapping) else text
-    if text is not None:
-        return tokenizer.token_to_id(text)
-    ids = config.get(f"{key}_id")  # several where several tokens end a text
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    return first if isinstance(first, int) else None
+    text = _text_of(settings, key)
+    return tokenizer.token_to_id(text) if text is not None else next(iter(_token_ids(key, config)), None)
+
+
+def _token_ids(key: str, config: Mapping[str, Any]) -> list[int]:
+    """Give the ids that a configuration has for a special token: several where several tokens end a text."""
+    ids = config.get(f"{key}_id")
+    return [id_ for id_ in (ids if isinstance(ids, list) else [ids]) if isinstance(id_, int)]
+
+
+def _templates(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, str]:
+    """Give the chat templates by name; files of their own, the newer layout, replace those in the settings."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (default := folder / "chat_template.jinja").exists():
+        files[DEFAULT] = default
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    return parse_templates(settings.get("chat_template"), str(folder / "tokenizer_config.json"))
 
 
 def _tokenizer(folder: Path) -> "tokenizers.Tokenizer":

@@ -1,111 +1,50 @@
 """A checkpoint as one GGUF file: metadata to a `ModelSpec`, quantised blocks to float32 tensors.
 
-Metadata keys are those of llama.cpp's gguf-py `constants.py`; blocks are dequantised by that package. Only files of
-architecture `llama` in one piece are read.
+Blocks are dequantised by the `gguf` package. Only files in one piece are read, of the architectures in `gguf_specs`.
 """
 
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
 from .errors import ModelError, nearest
-from .families.family import match_tensors, name_tensors
+from .families.layout import match_tensors
 from .gguf_container import Container, StoredTensor, read_container
-from .spec import ModelSpec, RopeSpec
+from .gguf_specs import ARCHITECTURES, LAYOUT, Metadata
 from .tokenizers_gguf import read_vocabulary
 
 if TYPE_CHECKING:
     import torch
 
-_FREQUENCY_DIVISORS = "rope_freqs.weight"
-
-# Stems of forebay's weight names → those of the file, by architecture.
-_ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
-    "llama": {
-        "embed": "token_embd",
-        "blocks.{layer}.ln1": "blk.{layer}.attn_norm",
-        "blocks.{layer}.attn.q": "blk.{layer}.attn_q",
-        "blocks.{layer}.attn.k": "blk.{layer}.attn_k",
-        "blocks.{layer}.attn.v": "blk.{layer}.attn_v",
-        "blocks.{layer}.attn.out": "blk.{layer}.attn_output",
-        "blocks.{layer}.ln2": "blk.{layer}.ffn_norm",
-        "blocks.{layer}.mlp.gate": "blk.{layer}.ffn_gate",
-        "blocks.{layer}.mlp.up": "blk.{layer}.ffn_up",
-        "blocks.{layer}.mlp.down": "blk.{layer}.ffn_down",
-        "ln_final": "output_norm",
-        "unembed": "output",
-    }
-}
-
-# Metadata that changes no number of a forward pass, or that the tokenizer's reader answers for.
-_ELSEWHERE = ("general.", "tokenizer.", "quantize.", "imatrix.")
-# Settings on which no kind of rotary scaling that is honoured depends.
-_IRRELEVANT = ("llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
-# Settings that are harmless at one value only.
-_ONLY: Mapping[str, Any] = {
-    "llama.expert_count": 0,
-    "llama.expert_used_count": 0,
-    "llama.attention.causal": True,
-    "llama.rope.scaling.attn_factor": 1.0,
-    "split.no": 0,
-    "split.count": 1,
-}
-
-
-class _Metadata:
-    """The settings of the architecture, remembering which were asked for, so that the rest can be refused."""
-
-    def __init__(self, container: Container) -> None:
-        self._values = container.metadata
-        self._path = container.path
-        self._prefix = f"{container.metadata['general.architecture']}."
-        self._taken: set[str] = set()
-
-    def take(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        self._taken.add(self._prefix + key)
-        value = self._values.get(self._prefix + key, default)
-        if value is None:
-            raise ModelError(f"{self._path} has no {self._prefix + key!r} in its metadata")
-        if not isinstance(value, kind) or (kind is not str and not value > 0):
-            raise ModelError(
-                f"{self._path} says {self._prefix + key} = {value!r}, which is no positive {kind.__name__}"
-            )
-        return value
-
-    def refuse_the_rest(self) -> None:
-        for key in sorted(self._values.keys() - self._taken):
-            if key.startswith(_ELSEWHERE) or key in _IRRELEVANT or (key in _ONLY and self._values[key] == _ONLY[key]):
-                continue
-            raise ModelError(f"{self._path} has the setting {key} = {self._values[key]!r}, which nothing here honours")
-
 
 def open_gguf(path: Path, source: str) -> Checkpoint:
     """Open a GGUF file; reads its metadata, its list of tensors and, where there are any, its few rotary divisors.
 
-    Raises ModelError for a damaged or truncated file, an architecture other than llama, and for every setting or
-    tensor that would not be honoured.
+    Raises ModelError for a damaged or truncated file, an architecture that is not read from such files, and for every
+    setting or tensor that would not be honoured.
     """
     container = read_container(path)
-    architecture = str(container.metadata.get("general.architecture"))
-    if architecture not in _ARCHITECTURES:
+    name = str(container.metadata.get("general.architecture"))
+    if name not in ARCHITECTURES:
         raise ModelError(
-            f"{path} is of architecture {architecture!r}; GGUF files are read for: {', '.join(_ARCHITECTURES)}."
-            f"{nearest(architecture, _ARCHITECTURES)}"
+            f"{path} is of architecture {name!r}; GGUF files are read for: {', '.join(ARCHITECTURES)}."
+            f"{nearest(name, ARCHITECTURES)}"
         )
-    for name, tensor in container.tensors.items():
-        _check_extent(container, name, tensor)
-    spec = _read_spec(container)
+    for tensor in container.tensors:
+        _check_extent(container, tensor, container.tensors[tensor])
+    architecture = ARCHITECTURES[name]
+    metadata = Metadata(container, functools.partial(_dequantize, container))
+    spec = architecture.parse(metadata)
+    metadata.refuse_the_rest()
     shapes = {name: tensor.shape for name, tensor in container.tensors.items()}
-    wanted = name_tensors(spec, _ARCHITECTURES[architecture])
-    match_tensors(spec, wanted, shapes, buffers=(_FREQUENCY_DIVISORS,), where=str(path))
-    heads = {"attn.q": spec.n_heads, "attn.k": spec.n_kv_heads}
+    parts = match_tensors(spec, LAYOUT, shapes, where=str(path))
+    heads = {"attn.q": spec.n_heads, "attn.k": spec.n_kv_heads} if architecture.interleaved else {}
 
-    def read(name: str) -> "torch.Tensor":
-        stem = name.split(".", 2)[-1].rpartition(".")[0]
-        tensor = _dequantize(container, wanted[name])
+    def read(weight: str) -> "torch.Tensor":
+        stem = weight.split(".", 2)[-1].rpartition(".")[0]
+        tensor = _dequantize(container, parts[weight].tensor)
         return _uninterleave(tensor, heads[stem]) if stem in heads else tensor
 
     return Checkpoint(
@@ -116,65 +55,6 @@ def open_gguf(path: Path, source: str) -> Checkpoint:
         reader=read,
         vocabulary=functools.cache(lambda: read_vocabulary(container.metadata, path)),
     )
-
-
-def _read_spec(container: Container) -> ModelSpec:
-    metadata = _Metadata(container)
-    d_model, n_heads = metadata.take("embedding_length", int), metadata.take("attention.head_count", int)
-    n_kv_heads = metadata.take("attention.head_count_kv", int, n_heads)
-    d_head = metadata.take("attention.key_length", int, d_model // n_heads)
-    if n_heads % n_kv_heads:
-        raise ModelError(
-            f"{container.path}: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly"
-        )
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (length := metadata.take(key, int, d_head)) != d_head:
-            raise ModelError(
-                f"{container.path} says llama.{key} = {length}; only that of the keys, {d_head}, can be honoured"
-            )
-    embedding = container.tensors.get("token_embd.weight")
-    stored_vocabulary = embedding.shape[0] if embedding is not None else None
-    biases = {name.rsplit(".", 2)[1] for name in container.tensors if name.endswith(".bias")}
-    spec = ModelSpec(
-        family="llama",
-        n_layers=metadata.take("block_count", int),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        d_head=d_head,
-        d_mlp=metadata.take("feed_forward_length", int),
-        d_vocab=metadata.take("vocab_size", int, stored_vocabulary),
-        n_ctx=metadata.take("context_length", int),
-        norm_eps=metadata.take("attention.layer_norm_rms_epsilon", float),
-        rope=_read_rope(metadata, container),
-        qkv_bias="attn_q" in biases,
-        out_bias="attn_output" in biases,
-        mlp_bias="ffn_down" in biases,
-        tied="output.weight" not in container.tensors,
-    )
-    metadata.refuse_the_rest()
-    return spec
-
-
-def _read_rope(metadata: _Metadata, container: Container) -> RopeSpec:
-    base = metadata.take("rope.freq_base", float, 10_000.0)
-    kind = metadata.take("rope.scaling.type", str, "none")
-    factor = metadata.take("rope.scaling.factor", float, 1.0)
-    factor *= metadata.take("rope.scale_linear", float, 1.0)  # the older spelling, which had no type
-    if kind not in ("none", "linear"):
-        raise ModelError(
-            f"{container.path} says llama.rope.scaling.type = {kind!r}; only 'none' and 'linear' can be honoured"
-        )
-    divisors = (
-        tuple(_dequantize(container, _FREQUENCY_DIVISORS).tolist()) if _FREQUENCY_DIVISORS in container.tensors else ()
-    )
-    if divisors and factor != 1.0:
-        raise ModelError(
-            f"{container.path} has both {_FREQUENCY_DIVISORS} and a linear scaling of {factor}; only one can be"
-        )
-    if divisors:
-        return RopeSpec(base=base, kind="divided", divisors=divisors)
-    return RopeSpec(base=base, kind="linear", factor=factor) if factor != 1.0 else RopeSpec(base=base)
 
 
 def _extent(container: Container, name: str, tensor: StoredTensor) -> tuple[int, ...]:

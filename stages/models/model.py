@@ -1,71 +1,31 @@
 """A model that can be run: its spec, its weights, and the one forward."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import TokenIds, make_batch
+from .attention import Sight, visible_keys
+from .batch import Batch, TokenIds, make_batch
+from .cache import KeyValueCache
 from .checkpoint import Checkpoint
-from .devices import resolve_device, resolve_dtype
 from .errors import ModelError
 from .forward import Forward
-from .parts import block, inverse_frequencies, rms_norm, rotation
+from .generate import Continuation, Step, stream
+from .norms import norm
+from .parts import block
 from .points import HookPoint
-from .source import open_checkpoint
-from .spec import ModelSpec
+from .recurrence import Recurrence
+from .rope import LENGTH_DEPENDENT, Rotation, frequencies_of, rotation
+from .sampling import GREEDY, Sampling
+from .spec import ModelSpec, RopeSpec
 from .taps import EMPTY, Finished, HookSpec, Sink, Taps, resolve
-from .weights import Weights, read_tensor
-
-if TYPE_CHECKING:
-    import tokenizers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Unembedding:
-    """From the residual stream to logits: the final norm and the unembedding matrix. All a logit lens needs of a model.
-
-    `norm_weight` [d_model]; `weight` [vocab, d_model]; `bias` [vocab] or None; a `softcap` c makes of logits
-    c·tanh(logits / c).
-    """
-
-    norm_weight: Tensor
-    weight: Tensor
-    norm_eps: float
-    bias: Tensor | None = None
-    softcap: float | None = None
-
-    def normalize(self, resid: Tensor) -> Tensor:
-        """Give the final norm of a residual stream [..., d_model], same shape and dtype."""
-        return rms_norm(resid, self.norm_weight.to(resid.dtype), self.norm_eps, {}, "ln_final")
-
-    def project(self, normalized: Tensor) -> Tensor:
-        """Give the logits [..., vocab] of a stream that is already normalised, in the dtype of the weights."""
-        logits = F.linear(normalized.to(self.weight.dtype), self.weight, self.bias)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def logits(self, resid: Tensor) -> Tensor:
-        """Give float32 logits [..., vocab] of a residual stream [..., d_model], final norm included."""
-        return self.project(self.normalize(resid)).float()
-
-
-def load_unembedding(
-    source: str | Path, revision: str | None = None, device: str = "auto", dtype: str | torch.dtype = "float32"
-) -> Unembedding:
-    """Read only the final norm and the unembedding of a checkpoint (see `open_checkpoint` for `source`)."""
-    checkpoint = open_checkpoint(source, revision)
-    spec, on, as_ = checkpoint.spec, resolve_device(device), resolve_dtype(dtype)
-    matrix = "embed.weight" if spec.tied else "unembed.weight"
-    return Unembedding(
-        norm_weight=read_tensor(checkpoint, ("ln_final.weight",), on, as_),
-        weight=read_tensor(checkpoint, (matrix,), on, as_),
-        norm_eps=spec.norm_eps,
-        softcap=spec.logit_softcap,
-    )
+from .text import ModelTokenizer, tokenizer_of
+from .unembedding import Unembedding
+from .weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,23 +41,22 @@ class Model:
     @cached_property
     def unembedding(self) -> Unembedding:
         """The final norm and the unembedding; shares the model's weights."""
-        return Unembedding(
-            norm_weight=self.weights.ln_final,
-            weight=self.weights.unembed,
-            norm_eps=self.spec.norm_eps,
-            softcap=self.spec.logit_softcap,
-        )
+        weights = self.weights
+        return Unembedding(spec=self.spec, norm=weights.ln_final, weight=weights.unembed, bias=weights.unembed_bias)
 
     @cached_property
-    def tokenizer(self) -> "tokenizers.Tokenizer":
+    def tokenizer(self) -> ModelTokenizer:
         """The model's tokenizer, made when first asked for. Raises ModelError where the model has none."""
         if self.checkpoint is None:
             raise ModelError("this model was made from weights alone and has no tokenizer: load it with load_model")
-        return self.checkpoint.tokenizer()
+        return tokenizer_of(self.checkpoint.vocabulary())
 
     @cached_property
-    def _frequencies(self) -> Tensor:
-        return inverse_frequencies(self.spec.rope, self.spec.d_head).to(self.device)
+    def _has_tokenizer(self) -> bool:
+        try:
+            return self.tokenizer is not None
+        except ModelError:
+            return False
 
     def forward(
         self,
@@ -107,45 +66,202 @@ class Model:
         logits: bool = True,
         sink: Sink | None = None,
         gradients: bool = False,
+        recurrence: Recurrence | None = None,
     ) -> Forward:
         """Run the model on token ids, capturing and intervening as `hooks` says.
 
         `token_ids`: integers [sequence, position], or a list of sequences of different lengths, which are padded on
         the right here. With `logits=False` the computation ends at the last point that is captured or intervened on,
         wherever in a block it lies. `sink(point, tensor)` takes captures as they happen instead of their being
-        collected. `gradients` keeps the graph, for interventions or inputs that are to be differentiated.
+        collected. `gradients` keeps the graph from the embedding on: captures and logits can then be differentiated
+        with respect to captures before them and to what interventions put in. `recurrence` runs some layers several
+        times.
 
         Attention runs through scaled_dot_product_attention, except in blocks whose scores or pattern are captured or
-        intervened on: there it is computed step by step and agrees with the other up to rounding. No other capture
-        changes a bit of the result. Raises ModelError for tokens that cannot be run, HookError for hooks that this
-        model cannot serve, both before anything is computed, and HookError for a result of an intervention that does
-        not fit.
+        intervened on, and in models that cap their scores: there it is computed step by step and agrees with the other
+        up to rounding. No other capture changes a bit of the result, unless gradients are kept. Raises ModelError for
+        tokens that cannot be run, HookError for hooks that this model cannot serve, both before anything is computed,
+        and HookError for a result of an intervention that does not fit.
         """
         captures: dict[HookPoint, Tensor] = {}
-        taps = resolve(hooks or EMPTY, self.spec, sink or captures.__setitem__, logits=logits)
         batch = make_batch(token_ids, self.spec, self.device)
+        taps = resolve(hooks or EMPTY, self.spec, batch, sink or captures.__setitem__, logits=logits)
+        if recurrence is not None:
+            recurrence.check(self.spec, batch.lengths)
         try:
             with torch.set_grad_enabled(gradients):
-                result = self._run(batch.token_ids, taps)
+                result = self._run(batch, taps, recurrence)
         except Finished:
             result = None
         return Forward(
             logits=result if logits else None, lengths=batch.lengths, captures=captures, token_ids=batch.token_ids
         )
 
-    def _run(self, token_ids_BT: Tensor, taps: Taps) -> Tensor:
+    def _run(self, batch: Batch, taps: Taps, recurrence: Recurrence | None) -> Tensor:
         """Give the logits; raises Finished at the last tap where they are not needed."""
-        spec, top = self.spec, taps.top
+        positions_1T = torch.arange(batch.token_ids.shape[1], device=self.device)[None]
+        x_BTD = self._embed(batch.token_ids, positions_1T, taps)
+        sights = self._sights(positions_1T, batch.lengths)
+        n_layers = self.spec.n_layers
+        if recurrence is None:
+            x_BTD = self._blocks(x_BTD, 0, n_layers, sights, taps)
+        else:
+            first, beyond = recurrence.first, recurrence.last + 1
+            x_BTD = entered_BTD = self._blocks(x_BTD, 0, first, sights, taps)
+            for n in range(recurrence.depth):
+                if n and recurrence.feedback:
+                    x_BTD = recurrence.push(entered_BTD, batch.lengths)
+                again = n < recurrence.depth - 1
+                x_BTD = self._blocks(x_BTD, first, beyond, sights, taps.unrecorded() if again else taps)
+            x_BTD = self._blocks(x_BTD, beyond, n_layers, sights, taps)
+        x_BTD = norm(x_BTD, self.weights.ln_final, self.spec, taps.top, "ln_final")
+        if "hook_final_norm" in taps.top:
+            x_BTD = taps.top["hook_final_norm"](x_BTD)
+        logits_BTV = self.unembedding.project(x_BTD)
+        if "hook_logits" in taps.top:
+            logits_BTV = taps.top["hook_logits"](logits_BTV)
+        return logits_BTV
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | TokenIds,
+        *,
+        max_new_tokens: int = 20,
+        hooks: HookSpec | None = None,
+        sampling: Sampling = GREEDY,
+        stops: Sequence[int] | None = None,
+        cache: bool | None = None,
+        recurrence: Recurrence | None = None,
+    ) -> list[Continuation]:
+        """Continue prompts, each until one of `stops` comes (None: those of the model's tokenizer) or `max_new_tokens`
+        have; greedily unless `sampling` says otherwise.
+
+        `prompts`: texts, or token ids as `forward` takes them. Interventions of `hooks` are in force at every step, on
+        the whole sequence so far, so that `at(position=-1)` is the position that is about to be continued; the sequence
+        is then run anew for every token. Otherwise keys and values of the past are kept (`KeyValueCache`), which gives
+        the same tokens; `cache` forces one of the two. `recurrence` as in `forward`.
+
+        Raises as `forward` does, and ModelError where prompt and continuation would exceed the context, all before
+        anything is computed.
+        """
+        batch = self._prompts(prompts)
+        stops = self._stops(stops)
+        found: list[list[int]] = [[] for _ in batch.lengths]
+        for step in self.stream(
+            batch.rows(),
+            max_new_tokens=max_new_tokens,
+            hooks=hooks,
+            sampling=sampling,
+            stops=stops,
+            cache=cache,
+            recurrence=recurrence,
+        ):
+            for ids, token in zip(found, step, strict=True):
+                ids += [] if token is None else [token]
+        return [self._continuation(row, ids, stops) for row, ids in zip(batch.rows(), found, strict=True)]
+
+    def stream(
+        self,
+        prompts: str | Sequence[str] | TokenIds,
+        *,
+        max_new_tokens: int = 20,
+        hooks: HookSpec | None = None,
+        sampling: Sampling = GREEDY,
+        stops: Sequence[int] | None = None,
+        cache: bool | None = None,
+        recurrence: Recurrence | None = None,
+    ) -> Iterator[Step]:
+        """Continue prompts as `generate` does, giving at every step the token id that each sequence goes on with, a
+        stop token included, and None for those that have ended."""
+        return stream(
+            self,
+            self._prompts(prompts),
+            max_new_tokens=max_new_tokens,
+            hooks=hooks or EMPTY,
+            sampling=sampling,
+            stops=self._stops(stops),
+            cache=cache,
+            recurrence=recurrence,
+        )
+
+    def _prompts(self, prompts: str | Sequence[str] | TokenIds) -> Batch:
+        if isinstance(prompts, str):
+            return make_batch(self.tokenizer.to_tokens(prompts), self.spec, self.device)
+        if not isinstance(prompts, Tensor) and len(prompts) and all(isinstance(prompt, str) for prompt in prompts):
+            return make_batch([self.tokenizer.to_tokens(str(prompt))[0] for prompt in prompts], self.spec, self.device)
+        return make_batch(prompts, self.spec, self.device)  # type: ignore[arg-type]
+
+    def _stops(self, stops: Sequence[int] | None) -> Sequence[int]:
+        if stops is not None:
+            return stops
+        return self.tokenizer.vocabulary.stops if self._has_tokenizer else ()
+
+    def _continuation(self, prompt: Tensor, ids: list[int], stops: Sequence[int]) -> Continuation:
+        stopped_by = ids.pop() if ids and ids[-1] in stops else None
+        text = self.tokenizer.to_string(ids) if self._has_tokenizer else None
+        return Continuation(prompt=prompt.cpu(), token_ids=torch.tensor(ids), stopped_by=stopped_by, text=text)
+
+    def extend(self, token_ids_BT: Tensor, starts: Sequence[int], cache: KeyValueCache) -> Tensor:
+        """Run the model on tokens that follow those in `cache`, which takes them in, and give the residual stream after
+        the last block [sequence, position, d_model]: for `generate`. Nothing is hooked and nothing checked.
+
+        `starts` are the positions of the first of them in each sequence: all 0, for prompts, which may be padded on the
+        right, or those that follow each sequence's own last, whose padding is then overwritten.
+        """
+        positions_BT, n_keys = cache.place(starts, token_ids_BT.shape[1])
+        x_BTD = self._embed(token_ids_BT, positions_BT, None)
+        if any(starts):
+            sights = self._sights(positions_BT, (n_keys,), n_keys)
+        else:
+            sights = self._sights(positions_BT[:1], (n_keys,))
+        for layer, weights in enumerate(self.weights.blocks):
+            sight = sights[self.spec.slides(layer)]
+            x_BTD = block(x_BTD, weights, self.spec, layer, sight, cache.layers[layer], {})
+        return x_BTD
+
+    def _embed(self, token_ids_BT: Tensor, positions_bT: Tensor, taps: Taps | None) -> Tensor:
+        top = {} if taps is None else taps.top
         x_BTD = F.embedding(token_ids_BT, self.weights.embed)
+        if self.spec.embed_scale != 1.0:
+            x_BTD = x_BTD * torch.tensor(self.spec.embed_scale, dtype=self.dtype)  # rounded as transformers rounds it
+        if torch.is_grad_enabled():
+            x_BTD.requires_grad_()  # weights require none: this is where the graph begins
         if "hook_embed" in top:
             x_BTD = top["hook_embed"](x_BTD)
-        turns = rotation(self._frequencies, token_ids_BT.shape[1], self.dtype)
-        for weights, at in zip(self.weights.blocks, taps.blocks, strict=True):
-            x_BTD = block(x_BTD, weights, spec, turns, at)
-        x_BTD = rms_norm(x_BTD, self.weights.ln_final, spec.norm_eps, top, "ln_final")
-        if "hook_final_norm" in top:
-            x_BTD = top["hook_final_norm"](x_BTD)
-        logits_BTV = self.unembedding.project(x_BTD)
-        if "hook_logits" in top:
-            logits_BTV = top["hook_logits"](logits_BTV)
-        return logits_BTV
+        if self.weights.pos_embed is not None:
+            where_BTD = F.embedding(positions_bT, self.weights.pos_embed)
+            if "hook_pos_embed" in top:
+                where_BTD = top["hook_pos_embed"](where_BTD.expand_as(x_BTD))
+            x_BTD = x_BTD + where_BTD
+        return x_BTD
+
+    def _blocks(self, x_BTD: Tensor, first: int, beyond: int, sights: tuple[Sight, Sight], taps: Taps) -> Tensor:
+        for layer in range(first, beyond):
+            sight = sights[self.spec.slides(layer)]
+            x_BTD = block(x_BTD, self.weights.blocks[layer], self.spec, layer, sight, None, taps.blocks[layer])
+        return x_BTD
+
+    def _sights(self, positions_bT: Tensor, lengths: Sequence[int], n_keys: int | None = None) -> tuple[Sight, Sight]:
+        """Give the sight of layers that see the whole past, and of those that slide. `n_keys` is given where keys come
+        from a cache; otherwise they are those of the same tokens."""
+        spec = self.spec
+        turns = None if spec.rope is None else self._rotation(spec.rope, positions_bT, lengths)
+        local = turns if spec.sliding_rope is None else self._rotation(spec.sliding_rope, positions_bT, lengths)
+        reach = positions_bT.shape[1] if n_keys is None else n_keys
+        visible = None if n_keys is None else visible_keys(positions_bT, reach, None)
+        near = visible
+        if spec.window is not None and reach > spec.window:
+            near = visible_keys(positions_bT, reach, spec.window)
+        return Sight(turns, visible), Sight(local, near)
+
+    def _rotation(self, rope: RopeSpec, positions_bT: Tensor, lengths: Sequence[int]) -> Rotation:
+        frequencies_be = self._frequencies.get(rope)
+        if frequencies_be is None:
+            frequencies_be = frequencies_of(rope, self.spec.d_head, lengths).to(self.device)
+            if rope.kind not in LENGTH_DEPENDENT:
+                self._frequencies[rope] = frequencies_be
+        return rotation(frequencies_be, positions_bT, rope.attention_factor, self.dtype)
+
+    @cached_property
+    def _frequencies(self) -> dict[RopeSpec, Tensor]:
+        return {}

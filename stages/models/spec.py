@@ -1,7 +1,6 @@
 """What a model is, as plain values: enough to list its hook points, their sizes and its weights without loading any.
 
-A family that needs more (soft-caps, norms after the sublayers, learned positions, sliding windows) adds fields whose
-defaults leave the families before it as they were.
+Every way in which the families differ is a field here, and the one forward reads nothing else: defaults are Llama's.
 """
 
 import functools
@@ -16,28 +15,61 @@ from .points import HookPoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary position embedding: angle = position · base^(−2i/d_head), its frequencies rescaled by `kind`.
+    """Rotary position embedding: angle = position · base^(−2i/n), its frequencies rescaled by `kind`, n = `dims`
+    channels of every head being turned (None: all of them).
 
-    Kinds: `default`; `linear` (every frequency divided by `factor`); `llama3` (long wavelengths divided by `factor`,
-    short ones kept, a ramp between, as Llama 3.1 defines it); `divided` (frequency i divided by `divisors[i]`, the form
-    in which GGUF files keep the result of any such rule).
+    Kinds, as transformers' modeling_rope_utils defines them (`rope.FREQUENCIES` holds the rules):
+
+    * `default`; `linear` (every frequency divided by `factor`);
+    * `dynamic` (NTK: the base grows with the length of the sequence beyond `original_context`);
+    * `llama3` (long wavelengths divided by `factor`, short ones kept, a ramp between `low_freq_factor` and
+      `high_freq_factor` turns within `original_context`);
+    * `yarn` (a ramp over the channels between `beta_fast` and `beta_slow` turns; Peng et al. 2023);
+    * `longrope` (frequency i divided by `short_divisors[i]` in a sequence of at most `original_context` tokens, by
+      `divisors[i]` in a longer one);
+    * `divided` (frequency i divided by `divisors[i]`, the form in which GGUF files keep the result of any such rule).
+
+    Cosines and sines are multiplied by `attention_factor`.
     """
 
     base: float
     kind: str = "default"
+    dims: int | None = None
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
     original_context: int = 0
     divisors: tuple[float, ...] = ()
+    short_divisors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The architecture of one decoder-only transformer. Counts are plain integers; nothing is derived on construction.
 
-    `d_vocab` is the number of rows of the embedding; `n_ctx` the longest sequence the model was made for; `activation`
-    a key of `parts.ACTIVATIONS`. `tied` says that the unembedding is the embedding.
+    Sizes: `d_vocab` is the number of rows of the embedding, `n_ctx` the longest sequence the model was made for.
+
+    Positions: `rope`, or None where there is no rotation; `learned_positions` adds a row of `pos_embed` to the
+    embedding. Layers that `sliding` marks see only the last `window` positions, themselves included, and turn by
+    `sliding_rope` where there is one.
+
+    Norms: `norm` is a key of `parts.NORMS`; they have a weight and perhaps a bias (`norm_weight`, `norm_bias`);
+    `norm_offset` is added to the weight; `norm_float32` says that the weight is applied before the cast back to the
+    model's dtype. `pre_norms` stand before attention and MLP, `post_norms` on what they give (sandwich norms have
+    both). `parallel`: attention and MLP both read the block's input; with `shared_norm` through the same norm.
+    `qk_norm` is "head" (over the channels of each head), "full" (over all heads together) or None.
+
+    Attention: scores are multiplied by `attn_scale` (None: d_head^−½), divided by the layer's number from 1 on where
+    `attn_scale_by_layer`, and capped as c·tanh(x/c) by `attn_softcap`; `clip_qkv` bounds queries, keys and values.
+
+    MLP: `activation` is a key of `parts.ACTIVATIONS`; without `gated` there is no gate.
+
+    Multipliers: of the embedding, of what attention and MLP add to the residual stream, and of the logits.
+    `logit_softcap` caps the logits. `tied` says that the unembedding is the embedding.
     """
 
     family: str
@@ -50,12 +82,35 @@ class ModelSpec:
     d_vocab: int
     n_ctx: int
     norm_eps: float
-    rope: RopeSpec
+    rope: RopeSpec | None
+    learned_positions: bool = False
+    window: int | None = None
+    sliding: tuple[bool, ...] = ()
+    sliding_rope: RopeSpec | None = None
+    norm: str = "rms"
+    norm_weight: bool = True
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    norm_float32: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    qk_norm: str | None = None
     activation: str = "silu"
+    gated: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    unembed_bias: bool = False
     tied: bool = False
+    attn_scale: float | None = None
+    attn_scale_by_layer: bool = False
+    attn_softcap: float | None = None
+    clip_qkv: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     @property
@@ -70,6 +125,10 @@ class ModelSpec:
             "d_mlp": self.d_mlp,
             "vocab": self.d_vocab,
         }
+
+    def slides(self, layer: int) -> bool:
+        """Whether the attention of a layer sees only the last `window` positions."""
+        return bool(self.sliding) and self.sliding[layer]
 
     def points(self) -> tuple[HookPoint, ...]:
         """Every hook point this model has, in the order of firing."""
@@ -88,12 +147,28 @@ class ModelSpec:
         return sum(math.prod(shape) for shape in self.weight_shapes().values())
 
 
+def _absent(spec: ModelSpec) -> set[str]:
+    """The kinds of points that a model of this shape does not have."""
+    lacks = {
+        "hook_pos_embed": not spec.learned_positions,
+        "ln1.hook_scale": not spec.pre_norms,
+        "ln1.hook_normalized": not spec.pre_norms,
+        "attn.hook_rot_q": spec.rope is None,
+        "attn.hook_rot_k": spec.rope is None,
+        "hook_resid_mid": spec.parallel,
+        "ln2.hook_scale": not spec.pre_norms or spec.shared_norm,
+        "ln2.hook_normalized": not spec.pre_norms or spec.shared_norm,
+        "mlp.hook_pre_linear": not spec.gated,
+    }
+    return {kind for kind, is_lacking in lacks.items() if is_lacking}
+
+
 @functools.lru_cache(maxsize=16)
 def _points(spec: ModelSpec) -> tuple[HookPoint, ...]:
-    absent = {"hook_pos_embed"}  # positions are rotary
+    absent = _absent(spec)
     return (
         *(HookPoint(kind) for kind in points.BEFORE if kind not in absent),
-        *(HookPoint(kind, layer) for layer in range(spec.n_layers) for kind in points.BLOCK),
+        *(HookPoint(kind, layer) for layer in range(spec.n_layers) for kind in points.BLOCK if kind not in absent),
         *(HookPoint(kind) for kind in points.AFTER),
     )
 
@@ -101,16 +176,31 @@ def _points(spec: ModelSpec) -> tuple[HookPoint, ...]:
 @functools.lru_cache(maxsize=16)
 def _weight_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.d_vocab, spec.d_model)}
+    if spec.learned_positions:
+        shapes["pos_embed.weight"] = (spec.n_ctx, spec.d_model)
     for layer in range(spec.n_layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(spec).items()}
-    shapes["ln_final.weight"] = (spec.d_model,)
+    shapes |= _norm_shapes(spec, {"ln_final": spec.d_model})
     if not spec.tied:
         shapes["unembed.weight"] = (spec.d_vocab, spec.d_model)
+    if spec.unembed_bias:
+        shapes["unembed.bias"] = (spec.d_vocab,)
     return MappingProxyType(shapes)
 
 
 def _block_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
+    norms: dict[str, int] = {}
+    if spec.pre_norms:
+        norms |= {"ln1": spec.d_model} if spec.shared_norm else {"ln1": spec.d_model, "ln2": spec.d_model}
+    if spec.post_norms:
+        norms |= {"ln1_post": spec.d_model, "ln2_post": spec.d_model}
+    if spec.qk_norm is not None:
+        per_head = spec.qk_norm == "head"
+        norms |= {
+            "attn.q_norm": spec.d_head if per_head else queries,
+            "attn.k_norm": spec.d_head if per_head else keys,
+        }
     matrices = {  # name: (out, in, whether it has a bias)
         "attn.q": (queries, spec.d_model, spec.qkv_bias),
         "attn.k": (keys, spec.d_model, spec.qkv_bias),
@@ -120,9 +210,21 @@ def _block_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "mlp.up": (spec.d_mlp, spec.d_model, spec.mlp_bias),
         "mlp.down": (spec.d_model, spec.d_mlp, spec.mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {"ln1.weight": (spec.d_model,), "ln2.weight": (spec.d_model,)}
+    if not spec.gated:
+        del matrices["mlp.gate"]
+    shapes = _norm_shapes(spec, norms)
     for name, (out, into, biased) in matrices.items():
         shapes[f"{name}.weight"] = (out, into)
         if biased:
             shapes[f"{name}.bias"] = (out,)
+    return shapes
+
+
+def _norm_shapes(spec: ModelSpec, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, width in widths.items():
+        if spec.norm_weight:
+            shapes[f"{name}.weight"] = (width,)
+        if spec.norm_bias:
+            shapes[f"{name}.bias"] = (width,)
     return shapes

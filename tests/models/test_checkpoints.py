@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from forebay.stages.models.checkpoint import SpecialTokens
 from forebay.stages.models.devices import resolve_device, resolve_dtype
 from forebay.stages.models.errors import ModelError
 from forebay.stages.models.load import load_model
-from forebay.stages.models.model import Model, load_unembedding
+from forebay.stages.models.model import Model
+from forebay.stages.models.unembedding import load_unembedding
 from forebay.stages.models.source import open_checkpoint
 from forebay.stages.models.taps import HookSpec
 
@@ -154,7 +156,7 @@ def test_a_tokenizer_that_adds_a_bos_says_so(tiny_model: Path, tmp_path: Path) -
 
 
 def test_the_tokenizer_of_a_model(smollm2: Model) -> None:
-    assert smollm2.tokenizer.encode("Hello world").ids == [19556, 905]
+    assert smollm2.tokenizer.to_tokens("Hello world").tolist() == [[19556, 905]]
     alone = Model(smollm2.spec, smollm2.weights, smollm2.device, smollm2.dtype)
     with pytest.raises(ModelError, match="made from weights alone and has no tokenizer"):
         _ = alone.tokenizer
@@ -180,19 +182,19 @@ def test_an_unembedding_alone_gives_the_logits_of_the_model(
     for unembedding in (model.unembedding, load_unembedding(tmp_path, device="cpu")):
         resid = out["blocks.2.hook_resid_post"]
         assert torch.equal(unembedding.normalize(resid), out["hook_final_norm"])
-        assert torch.equal(unembedding.logits(resid), out.logits)  # type: ignore[arg-type]
-        one = unembedding.logits(resid[1, 7])
+        assert torch.equal(unembedding.project_to_vocab(resid), out.logits)  # type: ignore[arg-type]
+        one = unembedding.project_to_vocab(resid[1, 7])
         assert one.shape == (model.spec.d_vocab,)
-    capped = type(model.unembedding)(
-        norm_weight=model.weights.ln_final, weight=model.weights.unembed, norm_eps=model.spec.norm_eps, softcap=2.0
-    ).logits(resid)
-    assert torch.allclose(capped, 2 * torch.tanh(model.unembedding.logits(resid) / 2))
+    with_cap = dataclasses.replace(model.unembedding, spec=dataclasses.replace(model.spec, logit_softcap=2.0))
+    capped = with_cap.project_to_vocab(resid)
+    assert torch.equal(with_cap.project_to_vocab(resid, softcap=False), model.unembedding.project_to_vocab(resid))
+    assert torch.allclose(capped, 2 * torch.tanh(model.unembedding.project_to_vocab(resid) / 2))
 
 
 def test_logits_of_an_unembedding_are_float32_whatever_its_dtype(tiny_model: Path) -> None:
     unembedding = load_unembedding(tiny_model, device="cpu", dtype="bfloat16")
     assert unembedding.weight.dtype == torch.bfloat16
-    assert unembedding.logits(torch.randn(2, 28)).dtype == torch.float32
+    assert unembedding.project_to_vocab(torch.randn(2, 28)).dtype == torch.float32
 
 
 def test_devices_and_dtypes_by_name() -> None:

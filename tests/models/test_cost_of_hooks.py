@@ -43,7 +43,7 @@ def test_an_empty_spec_calls_nothing(tiny: Model, tokens: Tensor, monkeypatch: p
 
 def test_a_hook_costs_the_blocks_without_it_nothing(tiny: Model, tokens: Tensor) -> None:
     bare, hooked = calls(tiny, tokens, None), calls(tiny, tokens, HookSpec().capture("blocks.1.hook_resid_mid"))
-    in_the_forward = {"block", "attention", "rms_norm", "gated_mlp", "rotate", "_attend", "_merge_heads"}
+    in_the_forward = {"block", "attention", "norm", "normalize", "mlp", "rotate", "_attend", "_merge_heads"}
     assert all(bare[name] for name in in_the_forward)
     assert {name: hooked[name] for name in in_the_forward} == {name: bare[name] for name in in_the_forward}
     assert "__call__" not in bare

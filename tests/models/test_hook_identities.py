@@ -68,7 +68,7 @@ def test_norms(out: Forward, tiny: Model, name: str, given: str, result: str) ->
 def test_the_final_norm_and_the_logits(out: Forward, tiny: Model) -> None:
     x = out[f"blocks.{tiny.spec.n_layers - 1}.hook_resid_post"]
     assert close(out["ln_final.hook_normalized"] * out["ln_final.hook_scale"][..., None], x)
-    assert close(out["ln_final.hook_normalized"] * tiny.weights.ln_final, out["hook_final_norm"])
+    assert close(out["ln_final.hook_normalized"] * tiny.weights.ln_final.weight, out["hook_final_norm"])
     assert close(out["hook_final_norm"] @ tiny.weights.unembed.T, out["hook_logits"])
     assert out.logits is out["hook_logits"]
 

@@ -105,29 +105,52 @@ def test_a_piece_that_is_a_token_is_taken_whole_only_where_the_model_does_so() -
     assert read(pre="gpt-2").encode("abc").tokens == ["ab", "c"]
 
 
-# The expressions are those that the models' own tokenizer.json files hold.
+# The expressions are those that the models' own tokenizer.json files hold; "default" is llama.cpp's.
 @pytest.mark.parametrize(
-    ("pre", "cut"),
+    ("pre", "cuts"),
     [
-        ("gpt-2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+        ("gpt-2", [r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"]),
         (
             "llama-bpe",
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-            r"|\s+(?!\S)|\s+",
+            [
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ],
         ),
         (
             "qwen2",
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-            r"|\s+(?!\S)|\s+",
+            [
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ],
+        ),
+        (
+            "tekken",
+            [
+                r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+                r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+                r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ],
+        ),
+        (
+            "default",
+            [
+                r"[\p{P}\$\+<=>\^~\|]+",
+                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+                r"\p{N}+",
+                r"[0-9][0-9][0-9]",
+            ],
         ),
     ],
 )
-def test_text_is_cut_as_the_named_model_cuts_it(pre: str, cut: str) -> None:
-    text = "We'LL pay 12345 €!\r\n\n  It's\tnaïve—  x3.14  \n"
+def test_text_is_cut_as_the_named_model_cuts_it(pre: str, cuts: list[str]) -> None:
+    text = "We'LL pay 12345 €!\r\n\n  It's\tnaïveTea—  x3.14  $a/\n'd"
     tokenizer = read(pre=pre, add_bos_token=False)
     assert tokenizer.pre_tokenizer is not None
-    pieces = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-    assert pieces == regex.findall(cut, text)
+    expected = [text]
+    for cut in cuts:
+        expected = [part for piece in expected for part in regex.split(f"({cut})", piece) if part]
+    assert [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == expected
 
 
 def test_smollm_takes_every_digit_alone() -> None:
@@ -138,14 +161,44 @@ def test_smollm_takes_every_digit_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "a tokenizer of the kind 'llama'; only 'gpt2'"),
+        ({"model": "t5"}, "a tokenizer of the kind 't5'; only 'gpt2', byte-level BPE, and 'llama'"),
         ({"model": None}, "a tokenizer of the kind None"),
-        ({"pre": "smolm"}, "cuts text in the way 'smolm'.*known ones: command-r, gpt-2.*Did you mean 'smollm'"),
+        ({"pre": "smolm"}, "cuts text in the way 'smolm'.*known ones: command-r, dbrx.*Did you mean 'smollm'"),
         ({"pre": None}, "cuts text in the way 'None'"),
         ({"merges": None}, "no tokenizer.ggml.merges"),
-        ({"add_bos_token": True, "bos_token_id": None}, "does not say which"),
+        ({"add_bos_token": True, "bos_token_id": None}, "says tokenizer.ggml.add_bos_token, and does not say which"),
+        ({"add_eos_token": True}, "says tokenizer.ggml.add_eos_token, and does not say which"),
+        ({"eos_token_id": 400}, "says tokenizer.ggml.eos_token_id = 400, but has 261 tokens"),
+        ({"tokens": ["<s>", "a", "b", "a"], "token_type": [3, 1, 1, 1]}, "has the token 'a' 2 times"),
+        ({"token_type": [3, 4]}, "has 261 tokens and 2 values in tokenizer.ggml.token_type"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read(**changes)
+
+
+def test_a_file_may_ask_for_tokens_at_both_ends() -> None:
+    both = read(add_bos_token=True, add_eos_token=True, eos_token_id=1)
+    assert both.encode("ab").tokens == ["<s>", "ab", "<call>"]
+    assert both.encode("ab", "a").tokens == ["<s>", "ab", "<call>", "<s>", "a", "<call>"]
+    assert read(add_eos_token=True, eos_token_id=1).encode("ab").tokens == ["ab", "<call>"]
+
+
+def test_the_ends_of_texts_are_those_the_file_names_and_those_known_by_their_text() -> None:
+    tokens = ["a", "<|im_end|>", "<s>", "<|eot_id|>", "</s>", "<|end|>"]
+    values = {"tokens": tokens, "merges": [], "token_type": [1, 3, 3, 3, 4, 3], "bos_token_id": 2}
+    named = read_vocabulary(metadata(**values, eos_token_id=5, eot_token_id=3, eom_token_id=5), Path("tiny.gguf"))
+    assert named.special == SpecialTokens(bos=2, eos=5)
+    assert named.stops == (5, 3, 1)  # </s> is no control token here, but text that the model may write
+    assert open_checkpoint(SMOLLM2).vocabulary().stops == (2, 0)
+
+
+def test_chat_templates_come_with_the_texts_of_special_tokens() -> None:
+    more = {"chat_template": "{{ bos_token }}", "chat_templates": ["tool_use"], "chat_template.tool_use": "tools"}
+    values = metadata(padding_token_id=1) | {f"tokenizer.{key}": value for key, value in more.items()}
+    chat = read_vocabulary(values, Path("tiny.gguf")).chat
+    assert chat.templates == {"default": "{{ bos_token }}", "tool_use": "tools"}
+    assert chat.special == {"bos_token": "<s>", "pad_token": "<call>"}
+    assert chat.source == "tiny.gguf"
+    assert read_vocabulary(metadata(), Path("tiny.gguf")).chat.templates == {}

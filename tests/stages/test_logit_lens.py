@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ import xarray as xr
 import forebay
 from forebay.stages.analyze import logit_lens as module
 from forebay.stages.analyze.logit_lens import logit_lens
-from forebay.stages.models.model import Unembedding
+from forebay.stages.models.unembedding import Unembedding
 from forebay.stores.errors import SchemaError
 
 RESID = "activations/hook_resid_post"
@@ -108,11 +109,9 @@ def test_the_last_layers_lens_is_what_the_model_says(run: Path, unembedding: Une
 
 
 def test_a_soft_cap_is_part_of_the_unembedding(run: Path, unembedding: Unembedding) -> None:
-    capped = Unembedding(
-        norm_weight=unembedding.norm_weight, weight=unembedding.weight, norm_eps=unembedding.norm_eps, softcap=2.0
-    )
+    capped = dataclasses.replace(unembedding, spec=dataclasses.replace(unembedding.spec, logit_softcap=2.0))
     part = node(run).isel(token=slice(0, 20))
-    plain = unembedding.logits(torch.from_numpy(part["value"].values))
+    plain = unembedding.project_to_vocab(torch.from_numpy(part["value"].values))
     expected = (2 * torch.tanh(plain / 2)).softmax(-1).amax(-1)
     lens = logit_lens(part, capped, top=1).compute()
     np.testing.assert_allclose(lens["top_probability"].squeeze("rank"), expected, rtol=1e-4)

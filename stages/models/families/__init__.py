@@ -1,16 +1,32 @@
-"""One module a model family: its config.json and its tensor names, read into a `ModelSpec`. No forward passes here."""
+"""One module a kind of model family: config.json read into a `ModelSpec`, and tensor names. No forward passes here."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ModelError, nearest
 from ..spec import ModelSpec
-from . import llama
+from . import gemma, gpt2, gpt_neox, llama, olmo, phi, qwen, starcoder2
 from .config import Config
 from .family import Family
 
-FAMILIES: Mapping[str, Family] = {"llama": llama.FAMILY}
-"""The families by the `model_type` of their config.json. A new one is a module beside this one and a row here."""
+FAMILIES: Mapping[str, Family] = {
+    "gemma": gemma.GEMMA,
+    "gemma2": gemma.GEMMA2,
+    "gemma3_text": gemma.GEMMA3,
+    "gpt2": gpt2.GPT2,
+    "gpt_neox": gpt_neox.GPT_NEOX,
+    "granite": llama.GRANITE,
+    "llama": llama.LLAMA,
+    "mistral": llama.MISTRAL,
+    "olmo": olmo.OLMO,
+    "olmo2": olmo.OLMO2,
+    "phi": phi.PHI,
+    "phi3": phi.PHI3,
+    "qwen2": qwen.QWEN2,
+    "qwen3": qwen.QWEN3,
+    "starcoder2": starcoder2.STARCODER2,
+}
+"""The families by the `model_type` of their config.json. A new one is a parser, a table of names and a row here."""
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:

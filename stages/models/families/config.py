@@ -4,18 +4,19 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import ModelError, nearest
-from ..spec import RopeSpec
 
 # Keys that any transformers configuration may carry and that change no number of a forward pass at inference.
 _ABOUT_THE_FILE = """
     _attn_implementation _attn_implementation_autoset _name_or_path _commit_hash architectures model_type
     transformers_version transformers.js_config torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss
-    unsloth_fixed unsloth_version tokenizer_class prefix
+    unsloth_fixed unsloth_version tokenizer_class prefix cache_implementation
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
     use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp
 """
 _ABOUT_TRAINING = """
-    initializer_range attention_dropout hidden_dropout finetuning_task task_specific_params problem_type
+    initializer_range attention_dropout hidden_dropout embedding_dropout residual_dropout classifier_dropout
+    resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout finetuning_task task_specific_params problem_type
     id2label label2id num_labels
 """
 _ABOUT_GENERATION = """
@@ -28,6 +29,14 @@ _IRRELEVANT = frozenset((_ABOUT_THE_FILE + _ABOUT_TRAINING + _ABOUT_GENERATION).
 
 # Keys that are harmless at one value only: any other would ask for something that no forward here does.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "lm_head_bias": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "is_llama_config": (True,),
@@ -92,6 +101,28 @@ class Config:
             raise self.refusal(key, value, f"one of {', '.join(sorted(choices))}", nearest(str(value), choices))
         return str(value)
 
+    def bound(self, key: str, default: float | None = None) -> float | None:
+        """Give a positive number, None where there is null, the default where there is nothing. Raises ModelError for
+        anything else."""
+        if self.take(key, None) is None:
+            return None if key in self._values else default
+        return self.number(key)
+
+    def only(self, key: str, *values: object) -> None:
+        """Take a key that may be absent, or have one of a few values that change nothing. Raises ModelError else."""
+        if (value := self.take(key, values[0])) not in values:
+            raise self.refusal(key, value, " or ".join(map(repr, values)))
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Give a list of positive numbers. Raises ModelError for anything else."""
+        values = self.take(key)
+        wrong = not isinstance(values, list) or not all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 for value in values
+        )
+        if wrong or not values:
+            raise self.refusal(key, values, "a list of numbers above 0")
+        return tuple(map(float, values))
+
     def table(self, key: str) -> "Config | None":
         """Give a table inside this one, or None where it is absent or null. Raises ModelError for anything else."""
         value = self.take(key, None)
@@ -119,49 +150,3 @@ class Config:
                 f"{self._where} has settings that nothing here honours: {settings}. A forward that ignored them could "
                 "be silently wrong, so the model is refused"
             )
-
-
-def read_rope(config: Config, *, default_base: float, n_ctx: int) -> RopeSpec:
-    """Read rotary settings in the old spelling (`rope_theta`, `rope_scaling`) or that of transformers 5
-    (`rope_parameters`).
-
-    Raises ModelError for a kind of scaling without a rule here, and for settings of it that no rule reads.
-    """
-    base = config.number("rope_theta", default_base)
-    tables = [config.table("rope_scaling"), config.table("rope_parameters")]
-    specs = [_rope(table, base, n_ctx) for table in tables if table is not None]
-    if len(specs) == 2 and specs[0] != specs[1]:
-        raise ModelError(f"the rotary settings disagree: rope_scaling gives {specs[0]}, rope_parameters {specs[1]}")
-    return specs[0] if specs else RopeSpec(base=base)
-
-
-def _rope(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
-    base = scaling.number("rope_theta", base)
-    kind = scaling.choice("rope_type", scaling.take("type", "default"), _ROPE_KINDS)
-    spec = _ROPE_KINDS[kind](scaling, base, n_ctx)
-    scaling.refuse_the_rest()
-    return spec
-
-
-def _default(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
-    scaling.take("factor", None)  # transformers' `default` does not read it either
-    return RopeSpec(base=base)
-
-
-def _linear(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
-    scaling.take("original_max_position_embeddings", None)  # the rule does not depend on it
-    return RopeSpec(base=base, kind="linear", factor=scaling.number("factor"))
-
-
-def _llama3(scaling: Config, base: float, n_ctx: int) -> RopeSpec:
-    return RopeSpec(
-        base=base,
-        kind="llama3",
-        factor=scaling.number("factor"),
-        low_freq_factor=scaling.number("low_freq_factor"),
-        high_freq_factor=scaling.number("high_freq_factor"),
-        original_context=scaling.count("original_max_position_embeddings", n_ctx),
-    )
-
-
-_ROPE_KINDS = {"default": _default, "linear": _linear, "llama3": _llama3}

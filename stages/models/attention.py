@@ -1,0 +1,158 @@
+"""Causal attention, with grouped key-value heads, over the whole past or a window of it. Legend as in `parts`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import LayerCache
+from .norms import normalize
+from .rope import Rotation, rotate
+from .spec import ModelSpec
+from .taps import At, changes, flows
+from .weights import BlockWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How a layer's attention sees positions: by which angles queries and keys turn (None: not at all), and which keys
+    each query may look at.
+
+    `visible` is a boolean mask that broadcasts to [B, H, Q, S]; None where every query sees itself and all before it,
+    and the queries stand at the positions of the keys.
+    """
+
+    rotation: Rotation | None
+    visible: Tensor | None
+
+
+def visible_keys(positions_bQ: Tensor, n_keys: int, window: int | None) -> Tensor:
+    """Which of the keys at positions 0 to n_keys − 1 a query may look at: itself and those before it, of these the last
+    `window`. Boolean [b, 1, Q, S]."""
+    keys_S = torch.arange(n_keys, device=positions_bQ.device)
+    distance_bQS = positions_bQ[..., None] - keys_S
+    seen = distance_bQS >= 0 if window is None else (distance_bQS >= 0) & (distance_bQS < window)
+    return seen[:, None]
+
+
+def scale_of(spec: ModelSpec, layer: int) -> float:
+    """What the products of queries and keys are multiplied by."""
+    scale: float = spec.d_head**-0.5 if spec.attn_scale is None else spec.attn_scale
+    return scale / (layer + 1) if spec.attn_scale_by_layer else scale
+
+
+def attention(
+    x_BTD: Tensor, w: BlockWeights, spec: ModelSpec, layer: int, sight: Sight, cache: LayerCache | None, at: At
+) -> Tensor:
+    """Give the module's raw output [B, T, D]. With a `cache`, keys and values of earlier positions come from it, and
+    those of these tokens go into it."""
+    if "attn.hook_in" in at:
+        x_BTD = at["attn.hook_in"](x_BTD)
+    q_BTHE, k_BTKE, v_BTKE = _project(x_BTD, w, spec, at)
+    q_BTHE, k_BTKE = _place(q_BTHE, k_BTKE, w, spec, sight, at)
+    if cache is not None:
+        k_BTKE, v_BTKE = cache.extend(k_BTKE, v_BTKE)
+    explicit = spec.attn_softcap is not None or "attn.hook_attn_scores" in at or "attn.hook_pattern" in at
+    attend = _attend_explicitly if explicit else _attend
+    z_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, spec, layer, sight, at)
+    if "attn.hook_z" in at:
+        z_BTHE = at["attn.hook_z"](z_BTHE)
+    out_BTD = _merge_heads(z_BTHE, w, at)
+    if "attn.hook_out" in at:
+        out_BTD = at["attn.hook_out"](out_BTD)
+    return out_BTD
+
+
+def _project(x_BTD: Tensor, w: BlockWeights, spec: ModelSpec, at: At) -> tuple[Tensor, Tensor, Tensor]:
+    heads, keys = spec.n_heads, spec.n_kv_heads
+    fused_BTX = F.linear(x_BTD, w.qkv, w.qkv_bias)
+    if spec.clip_qkv is not None:
+        fused_BTX = fused_BTX.clamp(-spec.clip_qkv, spec.clip_qkv)
+    fused_BTHE = fused_BTX.view(*x_BTD.shape[:2], heads + 2 * keys, spec.d_head)
+    q_BTHE, k_BTKE, v_BTKE = torch.split(fused_BTHE, [heads, keys, keys], -2)
+    if "attn.hook_q" in at:
+        q_BTHE = at["attn.hook_q"](q_BTHE)
+    if "attn.hook_k" in at:
+        k_BTKE = at["attn.hook_k"](k_BTKE)
+    if "attn.hook_v" in at:
+        v_BTKE = at["attn.hook_v"](v_BTKE)
+    return q_BTHE, k_BTKE, v_BTKE
+
+
+def _place(
+    q_BTHE: Tensor, k_BTKE: Tensor, w: BlockWeights, spec: ModelSpec, sight: Sight, at: At
+) -> tuple[Tensor, Tensor]:
+    """Normalise queries and keys where the model does, then turn them by their positions."""
+    if w.q_norm is not None and w.k_norm is not None:
+        whole = spec.qk_norm == "full"  # over all heads together
+        q, k = (q_BTHE.flatten(-2), k_BTKE.flatten(-2)) if whole else (q_BTHE, k_BTKE)
+        q_BTHE = normalize(q, w.q_norm, spec).view(q_BTHE.shape)
+        k_BTKE = normalize(k, w.k_norm, spec).view(k_BTKE.shape)
+    if sight.rotation is not None:
+        q_BTHE, k_BTKE = rotate(q_BTHE, sight.rotation), rotate(k_BTKE, sight.rotation)
+    if "attn.hook_rot_q" in at:
+        q_BTHE = at["attn.hook_rot_q"](q_BTHE)
+    if "attn.hook_rot_k" in at:
+        k_BTKE = at["attn.hook_rot_k"](k_BTKE)
+    return q_BTHE, k_BTKE
+
+
+def _attend(
+    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, spec: ModelSpec, layer: int, sight: Sight, at: At
+) -> Tensor:
+    z_BHTE = F.scaled_dot_product_attention(
+        q_BTHE.transpose(1, 2),
+        k_BSKE.transpose(1, 2),
+        v_BSKE.transpose(1, 2),
+        attn_mask=sight.visible,
+        is_causal=sight.visible is None,
+        scale=scale_of(spec, layer),
+        enable_gqa=spec.n_heads != spec.n_kv_heads,
+    )
+    return z_BHTE.transpose(1, 2)
+
+
+def _attend_explicitly(
+    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, spec: ModelSpec, layer: int, sight: Sight, at: At
+) -> Tensor:
+    """The same with scores and pattern at hand. Softmax in float32; agrees with the fused kernel up to rounding."""
+    n_sequences, n_queries, n_keys = *q_BTHE.shape[:2], k_BSKE.shape[1]
+    # The G query heads of a key-value head are laid end to end, so that keys and values are never repeated.
+    grouped = (n_sequences, spec.n_kv_heads, -1)
+    queries_BKxE = q_BTHE.transpose(1, 2).reshape(*grouped, spec.d_head)
+    products_BKxS = queries_BKxE @ k_BSKE.permute(0, 2, 3, 1)
+    scores_BHQS = products_BKxS.view(n_sequences, spec.n_heads, n_queries, n_keys) * scale_of(spec, layer)
+    if spec.attn_softcap is not None:
+        scores_BHQS = spec.attn_softcap * torch.tanh(scores_BHQS / spec.attn_softcap)
+    if sight.visible is None:
+        hidden = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BTHE.device).triu(1)
+    else:
+        hidden = ~sight.visible
+    scores_BHQS = scores_BHQS.masked_fill(hidden, -torch.inf)
+    if "attn.hook_attn_scores" in at:
+        scores_BHQS = at["attn.hook_attn_scores"](scores_BHQS)
+    pattern_BHQS = scores_BHQS.softmax(-1, dtype=torch.float32).to(q_BTHE.dtype)
+    if changes(at, "attn.hook_attn_scores"):
+        # A row of −inf alone attends to nothing, where softmax would give NaN.
+        pattern_BHQS = pattern_BHQS.masked_fill((scores_BHQS == -torch.inf).all(-1, keepdim=True), 0.0)
+    if "attn.hook_pattern" in at:
+        pattern_BHQS = at["attn.hook_pattern"](pattern_BHQS)
+    z_BKxE = pattern_BHQS.reshape(*grouped, n_keys) @ v_BSKE.transpose(1, 2)
+    return z_BKxE.view(n_sequences, spec.n_heads, n_queries, spec.d_head).transpose(1, 2)
+
+
+def _merge_heads(z_BTHE: Tensor, w: BlockWeights, at: At) -> Tensor:
+    out_BTD = F.linear(z_BTHE.flatten(-2), w.out, w.out_bias)
+    if "attn.hook_result" not in at:
+        return out_BTD
+    out_DHE = w.out.view(-1, *z_BTHE.shape[-2:])
+    given_BTHD = torch.einsum("bthe,dhe->bthd", z_BTHE, out_DHE)
+    result_BTHD = at["attn.hook_result"](given_BTHD)
+    if not flows(at, "attn.hook_result"):
+        return out_BTD
+    summed_BTD = result_BTHD.sum(-2) if w.out_bias is None else result_BTHD.sum(-2) + w.out_bias
+    if torch.is_grad_enabled():
+        return summed_BTD
+    # Tokens of which nothing was changed keep the bits of the fused product.
+    return torch.where((result_BTHD != given_BTHD).flatten(-2).any(-1, keepdim=True), summed_BTD, out_BTD)
