@@ -15,9 +15,10 @@ from .checkpoint import Checkpoint
 from .errors import ModelError
 from .forward import Forward
 from .generate import Continuation, Step, stream
+from .memory import ForwardMemory, forward_memory
 from .norms import norm
 from .parts import block
-from .points import HookPoint
+from .points import HookPoint, expand
 from .recurrence import Recurrence
 from .rope import LENGTH_DEPENDENT, Rotation, frequencies_of, rotation
 from .sampling import GREEDY, Sampling
@@ -25,6 +26,7 @@ from .spec import ModelSpec, RopeSpec
 from .taps import EMPTY, Finished, HookSpec, Sink, Taps, resolve
 from .text import ModelTokenizer, tokenizer_of
 from .unembedding import Unembedding
+from .views import WeightViews
 from .weights import Weights
 
 
@@ -121,6 +123,22 @@ class Model:
         if "hook_logits" in taps.top:
             logits_BTV = taps.top["hook_logits"](logits_BTV)
         return logits_BTV
+
+    @cached_property
+    def views(self) -> WeightViews:
+        """The weights under TransformerLens' names: `model.views.W_Q(3)`."""
+        return WeightViews(self.spec, self.weights)
+
+    def forward_memory(
+        self, n_sequences: int, n_positions: int, hooks: HookSpec | None = None, *, logits: bool = True
+    ) -> ForwardMemory:
+        """Estimate the bytes that a forward would take, without running it. Raises HookError for patterns that name no
+        point of this model."""
+        patterns = [pattern for capture in (hooks or EMPTY).captures for pattern in capture.patterns]
+        captured = expand(patterns, self.spec.points())
+        return forward_memory(
+            self.spec, captured, n_sequences=n_sequences, n_positions=n_positions, dtype=self.dtype, logits=logits
+        )
 
     def generate(
         self,

@@ -54,13 +54,14 @@ class Sampling:
         """Give the probabilities [..., vocab], float32, from which a token is drawn at a temperature above 0."""
         scaled = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
-            kept = torch.zeros_like(scaled, dtype=torch.bool).scatter_(-1, scaled.topk(self.top_k).indices, True)
+            strongest = scaled.sort(descending=True, stable=True).indices[..., : self.top_k]  # the first among equals
+            kept = torch.zeros_like(scaled, dtype=torch.bool).scatter_(-1, strongest, True)
             scaled = scaled.masked_fill(~kept, -torch.inf)
         probabilities = scaled.softmax(-1)
         if self.top_p is None:
             return probabilities
-        strongest, order = probabilities.sort(descending=True, stable=True)
-        held = strongest.cumsum(-1) - strongest  # by those before it
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        held = ordered.cumsum(-1) - ordered  # by those before it
         kept = torch.zeros_like(held, dtype=torch.bool).scatter_(-1, order, held < self.top_p)
         nucleus = probabilities.masked_fill(~kept, 0.0)
         return nucleus / nucleus.sum(-1, keepdim=True)
