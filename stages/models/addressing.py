@@ -2,8 +2,7 @@
 
 An index is a whole number (negative ones count from the end; its dimension is dropped), a slice, or a list, tuple,
 range, tensor or array of whole numbers. Several lists address orthogonally, as in xarray: every one of the first with
-every one of the second. `position`, `query` and `key` are counted in each sequence's own terms, whatever it is padded
-to.
+every one of the second. `position`, `query` and `key` are counted in each sequence's own terms, however it is padded.
 """
 
 import operator
@@ -152,7 +151,9 @@ def per_length(index: Index, dim: str, lengths: Sequence[int], rows: Sequence[in
     Raises HookError as `counted` does, naming the sequence, and for a slice that counts from the end of sequences of
     different lengths, which would give a part that is no rectangle.
     """
-    first_of = {lengths[row]: row for row in reversed(rows)}
+    first_of: dict[int, int] = {}
+    for row in rows:
+        first_of.setdefault(lengths[row], row)
     if len(first_of) > 1 and isinstance(index, slice):
         _check_counts_from_start(index, dim)
     found = {

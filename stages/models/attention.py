@@ -132,14 +132,20 @@ def _attend_explicitly(
     scores_BHQS = scores_BHQS.masked_fill(hidden, -torch.inf)
     if "attn.hook_attn_scores" in at:
         scores_BHQS = at["attn.hook_attn_scores"](scores_BHQS)
-    pattern_BHQS = scores_BHQS.softmax(-1, dtype=torch.float32).to(q_BTHE.dtype)
-    if changes(at, "attn.hook_attn_scores"):
-        # A row of −inf alone attends to nothing, where softmax would give NaN.
-        pattern_BHQS = pattern_BHQS.masked_fill((scores_BHQS == -torch.inf).all(-1, keepdim=True), 0.0)
+    pattern_BHQS = _softmax(scores_BHQS, changes(at, "attn.hook_attn_scores")).to(q_BTHE.dtype)
     if "attn.hook_pattern" in at:
         pattern_BHQS = at["attn.hook_pattern"](pattern_BHQS)
     z_BKxE = pattern_BHQS.reshape(*grouped, n_keys) @ v_BSKE.transpose(1, 2)
     return z_BKxE.view(n_sequences, spec.n_heads, n_queries, spec.d_head).transpose(1, 2)
+
+
+def _softmax(scores_BHQS: Tensor, may_hide_all: bool) -> Tensor:
+    if not may_hide_all:
+        return scores_BHQS.softmax(-1, dtype=torch.float32)
+    # A row of −inf alone attends to nothing, where softmax would give NaN, and NaN as its gradient.
+    alone_BHQ1 = (scores_BHQS == -torch.inf).all(-1, keepdim=True)
+    pattern_BHQS = scores_BHQS.masked_fill(alone_BHQ1, 0.0).softmax(-1, dtype=torch.float32)
+    return pattern_BHQS.masked_fill(alone_BHQ1, 0.0)
 
 
 def _merge_heads(z_BTHE: Tensor, w: BlockWeights, at: At) -> Tensor:

@@ -67,7 +67,7 @@ class SteerAttention(NamedIntervention):
             rule, amount = _scaled, _amount(self.scale, "scale")
         elif self.weight is not None and self.scale is None:
             rule, amount = _weighed, _amount(self.weight, "weight")
-            _check_total(float(amount), targets)
+            _check_total(float(amount.detach()), targets)
         else:
             raise HookError("give scale=… or weight=…, one of the two")
 
@@ -82,7 +82,8 @@ class SteerAttention(NamedIntervention):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnockoutSpec:
     """Edges to cut in some layers and heads: numbers (negative ones count from the end), lists, ranges, slices, or None
-    for all of them. Nothing is checked before it meets a model."""
+    for all of them. Nothing is checked before it meets a model. Source: candle-mi's KnockoutSpec, which leaves the
+    layers to its caller."""
 
     edges: Iterable[Edge]
     layers: "Index | None" = None
@@ -233,7 +234,7 @@ def _amount(given: float | Tensor, name: str) -> Tensor:
     if number.dim():
         raise HookError(f"the {name} must be one number, not a tensor of shape {tuple(number.shape)}")
     if number < 0:
-        raise HookError(f"the {name} must be at least 0, not {float(number):g}: weights of attention are not negative")
+        raise HookError(f"the {name} must be at least 0, not {number:g}: weights of attention are not negative")
     return number.float()
 
 

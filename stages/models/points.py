@@ -25,40 +25,58 @@ _KEYS = (*_TOKENS, "kv_head", "d_head")
 _EDGES = ("sequence", "head", "query", "key")
 _HIDDEN = (*_TOKENS, "d_mlp")
 
-# Rows stand in the order of firing; the dimensions are those of a capture of one forward.
-_BEFORE: dict[str, tuple[str, ...]] = {"hook_embed": _STREAM, "hook_pos_embed": _STREAM}
-_BLOCK: dict[str, tuple[str, ...]] = {
-    "hook_resid_pre": _STREAM,
-    "ln1.hook_scale": _TOKENS,
-    "ln1.hook_normalized": _STREAM,
-    "attn.hook_in": _STREAM,
-    "attn.hook_q": _QUERIES,
-    "attn.hook_k": _KEYS,
-    "attn.hook_v": _KEYS,
-    "attn.hook_rot_q": _QUERIES,
-    "attn.hook_rot_k": _KEYS,
-    "attn.hook_attn_scores": _EDGES,
-    "attn.hook_pattern": _EDGES,
-    "attn.hook_z": _QUERIES,
-    "attn.hook_result": (*_TOKENS, "head", "d_model"),
-    "attn.hook_out": _STREAM,
-    "hook_attn_out": _STREAM,
-    "hook_resid_mid": _STREAM,
-    "ln2.hook_scale": _TOKENS,
-    "ln2.hook_normalized": _STREAM,
-    "mlp.hook_in": _STREAM,
-    "mlp.hook_pre": _HIDDEN,
-    "mlp.hook_pre_linear": _HIDDEN,
-    "mlp.hook_post": _HIDDEN,
-    "mlp.hook_out": _STREAM,
-    "hook_mlp_out": _STREAM,
-    "hook_resid_post": _STREAM,
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The dimensions of a capture of one forward, and what is captured."""
+
+    dims: tuple[str, ...]
+    meaning: str
+
+
+# Rows stand in the order of firing.
+_BEFORE: dict[str, _Kind] = {
+    "hook_embed": _Kind(_STREAM, "token embeddings, after the embedding multiplier of models that have one"),
+    "hook_pos_embed": _Kind(_STREAM, "learned position embeddings, which are added to them"),
 }
-_AFTER: dict[str, tuple[str, ...]] = {
-    "ln_final.hook_scale": _TOKENS,
-    "ln_final.hook_normalized": _STREAM,
-    "hook_final_norm": _STREAM,
-    "hook_logits": (*_TOKENS, "vocab"),
+_BLOCK: dict[str, _Kind] = {
+    "hook_resid_pre": _Kind(_STREAM, "residual stream that enters the block"),
+    "ln1.hook_scale": _Kind(
+        _TOKENS,
+        "root of the mean square (RMSNorm) or of the variance (LayerNorm) plus epsilon, in float32; TransformerLens "
+        "keeps a last axis of length 1",
+    ),
+    "ln1.hook_normalized": _Kind(
+        _STREAM, "the stream, centred by a LayerNorm, divided by the scale; before the weight"
+    ),
+    "attn.hook_in": _Kind(_STREAM, "what enters the projections"),
+    "attn.hook_q": _Kind(_QUERIES, "queries as projected and clipped, before QK-norm and rotary"),
+    "attn.hook_k": _Kind(_KEYS, "keys as projected and clipped, before QK-norm and rotary; one a key-value head"),
+    "attn.hook_v": _Kind(_KEYS, "values; one a key-value head"),
+    "attn.hook_rot_q": _Kind(_QUERIES, "queries after QK-norm and rotary"),
+    "attn.hook_rot_k": _Kind(_KEYS, "keys after QK-norm and rotary"),
+    "attn.hook_attn_scores": _Kind(_EDGES, "scores, scaled, after soft-cap and mask (−∞ where a key is not visible)"),
+    "attn.hook_pattern": _Kind(_EDGES, "attention weights: the softmax of the scores"),
+    "attn.hook_z": _Kind(_QUERIES, "weighted sum of the values"),
+    "attn.hook_result": _Kind((*_TOKENS, "head", "d_model"), "each head's contribution; computed only when asked for"),
+    "attn.hook_out": _Kind(_STREAM, "the attention module's raw output"),
+    "hook_attn_out": _Kind(_STREAM, "what attention adds to the residual stream: after a norm or a multiplier on it"),
+    "hook_resid_mid": _Kind(_STREAM, "residual stream between attention and MLP"),
+    "ln2.hook_scale": _Kind(_TOKENS, "as `ln1.hook_scale`, of the norm before the MLP"),
+    "ln2.hook_normalized": _Kind(_STREAM, "as `ln1.hook_normalized`, of the norm before the MLP"),
+    "mlp.hook_in": _Kind(_STREAM, "what enters the MLP"),
+    "mlp.hook_pre": _Kind(_HIDDEN, "what enters the activation function (of a gated MLP: the gate)"),
+    "mlp.hook_pre_linear": _Kind(_HIDDEN, "the other factor of a gated MLP"),
+    "mlp.hook_post": _Kind(_HIDDEN, "what enters the down projection"),
+    "mlp.hook_out": _Kind(_STREAM, "the MLP's raw output"),
+    "hook_mlp_out": _Kind(_STREAM, "what the MLP adds to the residual stream: after a norm or a multiplier on it"),
+    "hook_resid_post": _Kind(_STREAM, "residual stream that leaves the block"),
+}
+_AFTER: dict[str, _Kind] = {
+    "ln_final.hook_scale": _Kind(_TOKENS, "as `ln1.hook_scale`, of the final norm"),
+    "ln_final.hook_normalized": _Kind(_STREAM, "as `ln1.hook_normalized`, of the final norm"),
+    "hook_final_norm": _Kind(_STREAM, "what enters the unembedding"),
+    "hook_logits": _Kind((*_TOKENS, "vocab"), "logits, after multiplier and soft-cap"),
 }
 
 BEFORE: tuple[str, ...] = tuple(_BEFORE)
@@ -68,8 +86,8 @@ BLOCK: tuple[str, ...] = tuple(_BLOCK)
 AFTER: tuple[str, ...] = tuple(_AFTER)
 """Kinds that fire once, after the last block."""
 
-_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(_BEFORE | _BLOCK | _AFTER)
-_ORDER: Mapping[str, int] = MappingProxyType({kind: i for i, kind in enumerate(_DIMS)})
+_KINDS: Mapping[str, _Kind] = MappingProxyType(_BEFORE | _BLOCK | _AFTER)
+_ORDER: Mapping[str, int] = MappingProxyType({kind: i for i, kind in enumerate(_KINDS)})
 
 _BLOCK_ALIASES = {"hook_in": "hook_resid_pre", "hook_out": "hook_resid_post"}
 _GLOBAL_ALIASES = {
@@ -91,9 +109,18 @@ def dims_of(kind: str) -> tuple[str, ...]:
 
     Raises HookError for a kind that is not in the vocabulary.
     """
-    if kind not in _DIMS:
-        raise HookError(f"no kind of hook point is called {kind!r}.{nearest(kind, _DIMS)}")
-    return _DIMS[kind]
+    return _known(kind).dims
+
+
+def meaning_of(kind: str) -> str:
+    """Say in a line what is captured at this kind of point. Raises HookError for one that is not in the vocabulary."""
+    return _known(kind).meaning
+
+
+def _known(kind: str) -> _Kind:
+    if kind not in _KINDS:
+        raise HookError(f"no kind of hook point is called {kind!r}.{nearest(kind, _KINDS)}")
+    return _KINDS[kind]
 
 
 @total_ordering
@@ -130,7 +157,7 @@ class HookPoint:
     @property
     def dims(self) -> tuple[str, ...]:
         """Dimension names of a capture here, in one forward."""
-        return _DIMS[self.kind]
+        return _KINDS[self.kind].dims
 
     @classmethod
     def parse(cls, text: str) -> "HookPoint":
@@ -146,7 +173,7 @@ class HookPoint:
             hint = f" Note that {why}." if why else nearest(text, (f"blocks.{layer}.{known}" for known in _BLOCK))
             raise HookError(f"no hook point is called {text!r}.{hint}")
         kind = _GLOBAL_ALIASES.get(text, text)
-        if kind in _DIMS and kind not in _BLOCK:
+        if kind in _KINDS and kind not in _BLOCK:
             return cls(kind)
         if kind in _BLOCK:
             raise HookError(f"{text!r} lies in a block and needs its layer: 'blocks.0.{kind}', or 'blocks.*.{kind}'")

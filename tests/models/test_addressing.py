@@ -28,7 +28,9 @@ def ragged(tokens: Tensor) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(rows, RAGGED, strict=False)]
 
 
-def looped(value: Tensor, dims: tuple[str, ...], where: dict[str, Any], lengths: tuple[int, ...], new: Tensor) -> Tensor:
+def looped(
+    value: Tensor, dims: tuple[str, ...], where: dict[str, Any], lengths: tuple[int, ...], new: Tensor
+) -> Tensor:
     """Put `new`, an axis for each index that is no single number, in its place one element at a time."""
     value = value.clone()
     sizes = dict(zip(dims, value.shape, strict=True))
@@ -90,16 +92,14 @@ def test_any_address_means_what_loops_over_it_mean(seed: int, tiny: Model, token
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_in_a_ragged_batch_every_sequence_is_addressed_in_its_own_terms(
-    seed: int, tiny: Model, tokens: Tensor
-) -> None:
+def test_in_a_ragged_batch_every_sequence_is_addressed_in_its_own_terms(seed: int, tiny: Model, tokens: Tensor) -> None:
     rng = random.Random(seed)
     lengths = tuple(rng.randint(3, 20) for _ in range(3))
     batch = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     kind = rng.choice(KINDS)
     point = HookPoint(kind, 1) if kind in BLOCK else HookPoint(kind)
     plain = tiny.forward(batch, HookSpec().capture(point), logits=False)[point]
-    sizes = {dim: min(lengths) if dim in PER_TOKEN else size for dim, size in zip(point.dims, plain.shape, strict=True)}
+    sizes = dict(zip(point.dims, plain.shape, strict=True))
     others = [dim for dim in point.dims if dim not in (*PER_TOKEN, "sequence")]
     where = {dim: any_index(sizes[dim], rng) for dim in others if rng.random() < 0.5}
     where |= {dim: own_index(min(lengths), rng) for dim in point.dims if dim in PER_TOKEN}
@@ -121,7 +121,7 @@ def own_index(shortest: int, rng: random.Random) -> Any:
 def compare(
     model: Model, batch: Any, point: HookPoint, plain: Tensor, where: dict[str, Any], lengths: tuple[int, ...]
 ) -> None:
-    """Against loops: a part replaced by random numbers, that part as a function of one's own is given it, and its sum."""
+    """Against loops: a part that random numbers replace, or are added to, and what a function is given of it."""
     given: list[Tensor] = []
 
     def keep(part: Tensor) -> Tensor:
@@ -170,6 +170,15 @@ def test_sequences_that_are_as_long_as_each_other_take_any_slice(tiny: Model, to
     assert zero.nonzero().tolist() == [[row, position] for row in (1, 2) for position in (14, 15, 16)]
 
 
+def test_a_slice_without_an_end_reaches_the_end_of_every_sequence(tiny: Model, tokens: Tensor) -> None:
+    batch = [tokens[0, :9].tolist(), tokens[1, :4].tolist()]
+    for start in (None, 2):
+        edit = Zero().at(position=slice(start, None))
+        out = tiny.forward(batch, HookSpec().intervene(POINT, edit).capture(POINT))[POINT]
+        for row, length in enumerate((9, 4)):
+            assert (out[row, :length] == 0).all(-1).tolist() == [place >= (start or 0) for place in range(length)]
+
+
 def test_a_value_for_each_position_of_each_sequence(tiny: Model, ragged: list[list[int]]) -> None:
     """Values follow the order in which sequences and positions are named."""
     values = torch.arange(4.0).reshape(2, 2, 1)
@@ -186,7 +195,7 @@ def test_a_value_for_each_position_of_each_sequence(tiny: Model, ragged: list[li
         ({"head": 3}, r"no dimension 'head' here"),
         ({"query": 3}, r"no dimension 'query' here.*Did you mean 'position'"),
         ({"layer": 3}, r"no dimension 'layer' here"),
-        ({"d_model": 36}, r"d_model=36 is out of range: the size of d_model is 36, so 0 to 35 or, from the end, -36 to"),
+        ({"d_model": 36}, r"d_model=36 is out of range: the size of d_model is 36, so 0 to 35 or, from the end, -36"),
         ({"d_model": [1, -37]}, r"d_model=-37 is out of range"),
         ({"sequence": 4}, r"sequence=4 is out of range"),
         ({"position": 13}, r"position=13 is out of range in sequence 1, of 13 tokens"),
