@@ -285,18 +285,26 @@ def _store(values: torch.Tensor, dtype: str, point: HookPoint) -> tuple[NDArray[
                 f"{torch.finfo(stored.dtype).max:.6g}. "
                 'Set capture.store_dtype to "bfloat16" or "float32"'
             )
-        error = float((stored.float() - values.float()).nan_to_num().square().sum(dtype=torch.float64))
+        error = _square_sum((stored.float() - values.float()).nan_to_num())
     else:
         error = 0.0
     statistics = {
         "abs_max": largest,
-        "square_sum": float(found.square().sum(dtype=torch.float64)),
+        "square_sum": _square_sum(found),
         "error_square_sum": error,
     }
     host = stored.detach().contiguous().cpu()
     if host.dtype == torch.bfloat16:
         return host.view(torch.int16).numpy().view(np.uint16), statistics
     return host.numpy(), statistics
+
+
+def _square_sum(values: torch.Tensor) -> float:
+    """In float64, which Apple's GPUs do not have."""
+    import torch
+
+    wide = values.cpu() if values.device.type == "mps" else values
+    return float(wide.square().sum(dtype=torch.float64))
 
 
 def _touching(starts: NDArray[np.int64], unit: Unit) -> tuple[int, int]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
     from forebay.stages.models.load import load_model
     from forebay.stages.models.points import HookPoint
+    from forebay.stages.models.recurrence import Feedback, Recurrence
+    from forebay.stages.models.sampling import Sampling
     from forebay.stages.models.taps import HookSpec
     from forebay.stages.models.unembedding import load_unembedding
     from forebay.stores.tree import open_run, open_store
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "Add": "forebay.stages.models.interventions",
     "Apply": "forebay.stages.models.interventions",
+    "Feedback": "forebay.stages.models.recurrence",
     "HookPoint": "forebay.stages.models.points",
     "HookSpec": "forebay.stages.models.taps",
     "Knockout": "forebay.stages.models.edges",
     "KnockoutSpec": "forebay.stages.models.edges",
+    "Recurrence": "forebay.stages.models.recurrence",
     "Replace": "forebay.stages.models.interventions",
+    "Sampling": "forebay.stages.models.sampling",
     "Scale": "forebay.stages.models.interventions",
     "SteerAttention": "forebay.stages.models.edges",
     "Zero": "forebay.stages.models.interventions",
@@ -42,11 +47,14 @@ __version__ = metadata.version("forebay")
 __all__ = [
     "Add",
     "Apply",
+    "Feedback",
     "HookPoint",
     "HookSpec",
     "Knockout",
     "KnockoutSpec",
+    "Recurrence",
     "Replace",
+    "Sampling",
     "Scale",
     "SteerAttention",
     "Zero",

@@ -216,7 +216,7 @@ class Model:
 
     def _continuation(self, prompt: Tensor, ids: list[int], stops: Sequence[int]) -> Continuation:
         stopped_by = ids.pop() if ids and ids[-1] in stops else None
-        text = self.tokenizer.to_string(ids) if self._has_tokenizer else None
+        text = self.tokenizer.to_string(ids, continues=True) if self._has_tokenizer else None
         return Continuation(prompt=prompt.cpu(), token_ids=torch.tensor(ids), stopped_by=stopped_by, text=text)
 
     def extend(self, token_ids_BT: Tensor, starts: Sequence[int], cache: KeyValueCache) -> Tensor:

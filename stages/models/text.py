@@ -62,13 +62,17 @@ class ModelTokenizer:
             raise ModelError("there is no text to tokenise: the list is empty")
         return torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
 
-    def to_string(self, ids: Ids) -> str:
-        """Give the text of token ids, special tokens spelt out. Bytes that are no UTF-8 become U+FFFD. A model that
-        puts a space before every text takes one off again here, as its own tokenizer does.
+    def to_string(self, ids: Ids, *, continues: bool = False) -> str:
+        """Give the text of token ids, special tokens spelt out. Bytes that are no UTF-8 become U+FFFD.
 
-        Raises ModelError for an id that is no token's.
+        A model that puts a space before every text takes one off again here, as its own tokenizer does, unless the ids
+        are said to continue a text: then what is given is what they add to it. Raises ModelError for an id that is no
+        token's.
         """
-        text: str = self.tokenizer.decode(self._checked(ids), skip_special_tokens=False)
+        checked = self._checked(ids)
+        if continues:
+            return self._added([checked])[0]
+        text: str = self.tokenizer.decode(checked, skip_special_tokens=False)
         return text
 
     def to_str_tokens(self, text: str | Ids, prepend_bos: bool | None = None) -> list[str]:
@@ -78,11 +82,7 @@ class ModelTokenizer:
         Raises ModelError as `to_tokens` and `to_string` do.
         """
         ids = self._ids(text, prepend_bos) if isinstance(text, str) else self._checked(text)
-        # Behind another token: some decoders take the space off the first token of a text.
-        before = self.tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-        prefix: str = self.tokenizer.decode(before, skip_special_tokens=False)
-        texts = self.tokenizer.decode_batch([[*before, id_] for id_ in ids], skip_special_tokens=False)
-        return [text.removeprefix(prefix) for text in texts]
+        return self._added([[id_] for id_ in ids])
 
     def to_single_token(self, text: str) -> int:
         """Give the id of a text that is one token. Raises ModelError with the tokens of one that is not."""
@@ -114,11 +114,11 @@ class ModelTokenizer:
         first = self._first(found.ids, prepend_bos)
         ids = (*first, *found.ids)
         tokens = tuple(self.to_str_tokens(ids))
-        spans = zip(tokens[len(first) :], found.offsets, strict=True)
-        # `tokenizers` gives the space that a model puts before every text the first character, which it is not.
+        # To the space that a model puts before every text `tokenizers` gives the first character, the next token's.
+        following = [*(start for start, _ in found.offsets), len(text)][1:]
         offsets = [
-            (start, start) if token == " " and not text[start:end].isspace() else (start, end)
-            for token, (start, end) in spans
+            (start, start) if token == " " and beyond < end else (start, end)
+            for token, (start, end), beyond in zip(tokens[len(first) :], found.offsets, following, strict=True)
         ]
         return EncodingWithOffsets(text=text, token_ids=ids, tokens=tokens, offsets=(*(None for _ in first), *offsets))
 
@@ -152,6 +152,13 @@ class ModelTokenizer:
             raise ModelError("a conversation is held together by special tokens, which this tokenizer takes for text")
         text = self.chat(messages, add_generation_prompt=add_generation_prompt, template=template, **variables)
         return self.to_tokens(text, prepend_bos=False)
+
+    def _added(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of rows of ids behind another token: some decoders take the space off the first token of a text."""
+        before = self.tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+        prefix: str = self.tokenizer.decode(before, skip_special_tokens=False)
+        texts = self.tokenizer.decode_batch([[*before, *row] for row in rows], skip_special_tokens=False)
+        return [text.removeprefix(prefix) for text in texts]
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

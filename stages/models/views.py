@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .errors import ModelError
@@ -68,7 +69,7 @@ class WeightViews:
 
     def W_O(self, layer: int) -> Tensor:
         """Heads to residual stream, [head, E, D]."""
-        return self._block(layer).out.T.unflatten(0, (self.spec.n_heads, self.spec.d_head))
+        return self._block(layer).out.T.view(self.spec.n_heads, self.spec.d_head, -1)
 
     def b_O(self, layer: int) -> Tensor:
         """Bias of attention's output, [D]."""
@@ -105,13 +106,13 @@ class WeightViews:
     def _heads(self, layer: int) -> tuple[Tensor, ...]:
         """The rows of queries, keys and values by head, [head, E, D] each."""
         spec = self.spec
-        by_head = self._block(layer).qkv.unflatten(0, (-1, spec.d_head))
-        return by_head.split([spec.n_heads, spec.n_kv_heads, spec.n_kv_heads])
+        by_head = self._block(layer).qkv.view(-1, spec.d_head, spec.d_model)
+        return torch.split(by_head, [spec.n_heads, spec.n_kv_heads, spec.n_kv_heads])
 
     def _head_biases(self, layer: int) -> tuple[Tensor, ...]:
         spec = self.spec
         bias = self._present(self._block(layer).qkv_bias, "bias of queries, keys and values")
-        return bias.unflatten(0, (-1, spec.d_head)).split([spec.n_heads, spec.n_kv_heads, spec.n_kv_heads])
+        return torch.split(bias.view(-1, spec.d_head), [spec.n_heads, spec.n_kv_heads, spec.n_kv_heads])
 
     def _present(self, weight: Tensor | None, what: str) -> Tensor:
         if weight is None:

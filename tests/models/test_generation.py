@@ -151,7 +151,8 @@ def test_texts_go_in_and_come_out(tiny_model: Path) -> None:
     out = model.generate(["It is a truth", "My dear"], max_new_tokens=6, stops=())
     for one, prompt in zip(out, ("It is a truth", "My dear"), strict=True):
         assert model.tokenizer.to_string(one.prompt) == prompt
-        assert one.text == model.tokenizer.to_string(one.token_ids)
+        assert one.text == model.tokenizer.to_string(one.token_ids, continues=True)
+        assert model.tokenizer.to_string(torch.cat((one.prompt, one.token_ids))) == prompt + one.text
         assert len(one.token_ids) == 6
 
 

@@ -56,28 +56,31 @@ def _gemma(config: Config) -> ModelSpec:
     return ModelSpec(family="gemma", rope=rope, **fields)
 
 
-def _softcaps(config: Config, attn: float | None, final: float | None) -> dict[str, Any]:
+def _scales(config: Config, final: float | None) -> dict[str, Any]:
     return {
         "attn_scale": config.number("query_pre_attn_scalar", 256) ** -0.5,
-        "attn_softcap": config.bound("attn_logit_softcapping", attn),
         "logit_softcap": config.bound("final_logit_softcapping", final),
     }
 
 
 def _gemma2(config: Config) -> ModelSpec:
-    fields = _read(config, n_ctx=8192) | _softcaps(config, 50.0, 30.0)
+    fields = _read(config, n_ctx=8192) | _scales(config, 30.0)
     sliding = read_layer_types(config, tuple(i % 2 == 0 for i in range(fields["n_layers"])))
     return ModelSpec(
         family="gemma2",
         rope=read_rope(config, Rotary(d_head=fields["d_head"], n_ctx=fields["n_ctx"])),
         post_norms=True,
+        attn_softcap=config.bound("attn_logit_softcapping", 50.0),
         **fields,
         **windows(read_window(config, 4096), sliding),
     )
 
 
 def _gemma3(config: Config) -> ModelSpec:
-    fields = _read(config, n_ctx=131_072) | _softcaps(config, None, None)
+    fields = _read(config, n_ctx=131_072) | _scales(config, None)
+    config.only(
+        "attn_logit_softcapping", None
+    )  # the reference's attention does not read it: no one can say what it means
     every = config.count("sliding_window_pattern", config.take("_sliding_window_pattern", 6))
     sliding = read_layer_types(config, tuple((i + 1) % every != 0 for i in range(fields["n_layers"])))
     return ModelSpec(
