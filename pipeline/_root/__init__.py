@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forebay.stages.models.points import HookPoint
     from forebay.stages.models.recurrence import Feedback, Recurrence
     from forebay.stages.models.sampling import Sampling
+    from forebay.stages.models.source import check_compatibility
     from forebay.stages.models.taps import HookSpec
     from forebay.stages.models.unembedding import load_unembedding
     from forebay.stores.tree import open_run, open_store
@@ -34,6 +35,7 @@ _HOMES = {
     "Scale": "forebay.stages.models.interventions",
     "SteerAttention": "forebay.stages.models.edges",
     "Zero": "forebay.stages.models.interventions",
+    "check_compatibility": "forebay.stages.models.source",
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
@@ -58,6 +60,7 @@ __all__ = [
     "Scale",
     "SteerAttention",
     "Zero",
+    "check_compatibility",
     "load_model",
     "load_unembedding",
     "logit_lens",

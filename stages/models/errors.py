@@ -12,6 +12,10 @@ class HookError(ValueError):
     """A hook point, pattern or intervention that the model cannot serve; the message says what it can."""
 
 
+class UnverifiedModelWarning(UserWarning):
+    """A model of a kind that forebay does not know was read by analogy, and nobody has compared its numbers yet."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Give `" Did you mean 'x'?"` for the choice most like `word`, or the empty string where none is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from .chat import DEFAULT, ChatTemplates, parse_templates
 from .checkpoint import Checkpoint, SpecialTokens, Vocabulary
 from .errors import ModelError
-from .families import family_of, parse_config
+from .families import check_config, parse_config
 from .families.layout import match_tensors, unembedding_again
+from .families.report import CompatibilityReport
 
 if TYPE_CHECKING:
     import tokenizers
@@ -24,28 +25,17 @@ _SINGLE = "model.safetensors"
 def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
     """Open a folder; reads config.json and the headers of the safetensors files.
 
-    Raises ModelError for a missing, damaged or truncated file, and for whatever in it would not be honoured.
+    Raises ModelError for a missing, damaged or truncated file, and for whatever in it would not be honoured. Warns with
+    UnverifiedModelWarning of a model_type that is unknown.
     """
     config_path = folder / "config.json"
     values = _json(config_path)
-    spec = parse_config(values, str(config_path))
     paths, index = _weight_files(folder)
-    place: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        for name, shape in tensor_shapes(path).items():
-            if name in place:
-                raise ModelError(f"{name} stands in both {place[name].name} and {path.name} of {folder}")
-            place[name], shapes[name] = path, shape
-    layout = family_of(values, str(config_path)).layout
+    place, shapes = _tensors(folder, paths)
+    spec, layout = parse_config(values, shapes, folder)
     parts = match_tensors(spec, layout, shapes, where=str(folder))
     again = unembedding_again(spec, layout)
-
-    @functools.cache
-    def mapped(path: Path) -> Any:
-        import safetensors
-
-        return safetensors.safe_open(str(path), framework="pt", device="cpu")
+    mapped = functools.cache(_map)
 
     def stored(name: str) -> "torch.Tensor":
         tensor: torch.Tensor = mapped(place[name]).get_tensor(name)
@@ -65,6 +55,42 @@ def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
         reader=read,
         vocabulary=functools.cache(lambda: _vocabulary(folder, values)),
     )
+
+
+def check_folder(folder: Path) -> CompatibilityReport:
+    """Report on what `open_folder` would read. Raises ModelError for a missing, damaged or truncated file."""
+    return check_config(_json(folder / "config.json"), _tensors(folder, _weight_files(folder)[0])[1], folder)
+
+
+def _tensors(folder: Path, paths: list[Path]) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """Give the file in which each tensor lies, and its shape."""
+    place: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        for name, shape in tensor_shapes(path).items():
+            if name in place:
+                raise ModelError(f"{name} stands in both {place[name].name} and {path.name} of {folder}")
+            place[name], shapes[name] = path, shape
+    _check_index(folder / _INDEX, place)
+    return place, shapes
+
+
+def _check_index(index: Path, place: Mapping[str, Path]) -> None:
+    """Raise ModelError for a tensor that the index, where there is one, puts in a file that does not hold it."""
+    named: Mapping[str, str] = _json(index)["weight_map"] if index.exists() else {}
+    for name, file in named.items():
+        if place.get(name) != index.parent / file:
+            instead = f"; it stands in {place[name].name}" if name in place else ""
+            raise ModelError(f"{index} puts {name} in {file}, which does not hold it{instead}")
+
+
+def _map(path: Path) -> Any:
+    import safetensors
+
+    try:
+        return safetensors.safe_open(str(path), framework="pt", device="cpu")
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
 
 
 def tensor_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:
@@ -95,9 +121,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     if index.exists():
         try:
             names = sorted(set(_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError) as error:
-            raise ModelError(f"{index} has no weight_map") from error
-        absent = [name for name in names if not (folder / name).exists()]
+            absent = [name for name in names if not (folder / name).is_file()]
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} has no weight_map that gives the file of every tensor") from error
         if absent:
             raise ModelError(f"{index} names {', '.join(absent)}, which the folder does not hold")
         return [folder / name for name in names], [index]
@@ -131,6 +157,7 @@ def _vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     special = SpecialTokens(
         **{name: _token_id(tokenizer, f"{name}_token", settings, config) for name in ("bos", "eos", "unk")}
     )
+    tokenizer.no_padding()
     begins = tokenizer.encode("").ids
     generation = folder / "generation_config.json"
     ends = [special.eos, *_token_ids("eos_token", config)]

@@ -18,6 +18,8 @@ from .tokenizers_gguf import read_vocabulary
 if TYPE_CHECKING:
     import torch
 
+_AT_ONCE = 2**20  # values
+
 
 def open_gguf(path: Path, source: str) -> Checkpoint:
     """Open a GGUF file; reads its metadata, its list of tensors and, where there are any, its few rotary divisors.
@@ -65,6 +67,11 @@ def _extent(container: Container, name: str, tensor: StoredTensor) -> tuple[int,
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
     except (ValueError, KeyError) as error:
         raise ModelError(f"{container.path} stores {name} in the unknown type {tensor.kind}") from error
+    if tensor.shape[-1] % block:
+        raise ModelError(
+            f"{container.path} stores {name} in blocks of {block} values, which its rows of {tensor.shape[-1]} do not "
+            "fill"
+        )
     return (*tensor.shape[:-1], tensor.shape[-1] // block * size)
 
 
@@ -83,16 +90,19 @@ def _dequantize(container: Container, name: str) -> "torch.Tensor":
     from gguf.quants import dequantize
 
     tensor = container.tensors[name]
-    shape = _extent(container, name, tensor)
-    stored = numpy.frombuffer(container.bytes_, numpy.uint8, math.prod(shape), tensor.start).reshape(shape)
-    kind = GGMLQuantizationType(tensor.kind)
+    extent, kind = _extent(container, name, tensor), GGMLQuantizationType(tensor.kind)
+    stored = numpy.frombuffer(container.bytes_, numpy.uint8, math.prod(extent), tensor.start).reshape(-1, extent[-1])
+    values = numpy.empty((len(stored), tensor.shape[-1]), numpy.float32)
+    # Some rows at a time: the package holds what it gives twice while it works.
+    n_rows = max(1, _AT_ONCE // tensor.shape[-1])
     try:
-        values = dequantize(stored, kind)
+        for at in range(0, len(stored), n_rows):
+            values[at : at + n_rows] = dequantize(stored[at : at + n_rows], kind)
     except NotImplementedError as error:
         raise ModelError(
             f"{container.path} stores {name} as {kind.name}, which the gguf package cannot dequantise"
         ) from error
-    return torch.from_numpy(numpy.require(values, numpy.float32, ["C", "W"]))
+    return torch.from_numpy(values.reshape(tensor.shape))
 
 
 def _uninterleave(rows: "torch.Tensor", n_heads: int) -> "torch.Tensor":

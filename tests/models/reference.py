@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -200,6 +201,7 @@ def reference_points(model: PreTrainedModel, token_ids: Tensor, *, scores: bool 
     heads = Heads(n_heads, getattr(config, "num_key_value_heads", n_heads), width)
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_rotary_restored(model.base_model))
         stack.enter_context(_modules_watched(model, sites, heads, seen))
         if config._attn_implementation == "eager":
             stack.enter_context(_attention_watched(model, sites, seen))
@@ -217,6 +219,19 @@ def reference_points(model: PreTrainedModel, token_ids: Tensor, *, scores: bool 
 
 def _kind(name: str) -> str:
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+@contextmanager
+def _rotary_restored(model: PreTrainedModel) -> Iterator[None]:
+    """Run on a copy of the rotary table: some kinds remember the longest sequence that they have seen."""
+    table = dict(model.named_children()).get("rotary_emb")
+    if table is not None:
+        model.rotary_emb = copy.deepcopy(table, {id(table.config): table.config})
+    try:
+        yield
+    finally:
+        if table is not None:
+            model.rotary_emb = table
 
 
 @contextmanager

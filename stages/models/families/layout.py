@@ -1,15 +1,18 @@
 """How the weights of a model lie in a checkpoint: under which names, which of them in one tensor, which way round."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import ModelError, nearest
 from ..spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,19 @@ class Part:
         return heads[:, first : first + per_head[self.index]].flatten(0, 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorComparison:
+    """How the tensors of a checkpoint differ from those that a model of some architecture has; empty where they do not.
+
+    `missing`: expected and not found, with the shape expected. `misshapen`: found of another shape, which comes first,
+    before the one expected. `unread`: found, with the shape, and read by nothing.
+    """
+
+    missing: Mapping[str, Shape] = field(default_factory=dict)
+    misshapen: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    unread: Mapping[str, Shape] = field(default_factory=dict)
+
+
 def name_tensors(spec: ModelSpec, layout: Layout) -> Mapping[str, str]:
     """Give forebay's name of every weight of a model → the name of the tensor that holds it."""
     return {weight: f"{_stem(weight, layout)[1]}.{weight.rpartition('.')[2]}" for weight in spec.weight_shapes()}
@@ -69,37 +85,65 @@ def _stem(weight: str, layout: Layout) -> tuple[str, str]:
     return pattern, pattern.format(layer=layer[1])
 
 
-def match_tensors(
-    spec: ModelSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]], *, where: str
-) -> Mapping[str, Part]:
+def match_tensors(spec: ModelSpec, layout: Layout, shapes: Mapping[str, Shape], *, where: str) -> Mapping[str, Part]:
     """Check that a checkpoint's tensors and a model's weights fit one to one; give where each weight lies.
 
     `shapes` are those of the checkpoint's tensors. Raises ModelError for tensors that are missing, have another shape,
     or that nothing reads, each by name.
     """
-    parts = _place(spec, layout, shapes)
-    missing = [part.tensor for part in parts.values() if part.tensor not in shapes]
-    if missing:
+    found = compare_tensors(spec, layout, shapes)
+    if found.missing:
+        names = _some(found.missing)
+        hint = nearest(next(iter(found.missing)), shapes)
+        raise ModelError(f"{where} lacks {names}, which its configuration asks for.{hint}")
+    for name, (shape, expected) in found.misshapen.items():
+        raise ModelError(f"{where} holds {name} of shape {shape}, but its configuration makes it {expected}")
+    if found.unread:
         raise ModelError(
-            f"{where} lacks {_some(missing)}, which its configuration asks for.{nearest(missing[0], shapes)}"
+            f"{where} holds {_some(found.unread)}, which nothing here reads. A forward that ignored a weight could be "
+            "silently wrong, so the model is refused"
         )
-    for weight, part in parts.items():
-        shape = (sum(part.rows), *spec.weight_shapes()[weight][1:])
-        expected = shape[::-1] if part.transposed else shape
-        if tuple(shapes[part.tensor]) != expected:
-            raise ModelError(
-                f"{where} holds {part.tensor} of shape {tuple(shapes[part.tensor])}, but its configuration makes it "
-                f"{expected}"
-            )
+    return _place(spec, layout, shapes)
+
+
+def compare_tensors(
+    spec: ModelSpec, layout: Layout, shapes: Mapping[str, Shape], *, sized: bool = True
+) -> TensorComparison:
+    """Compare a checkpoint's tensors, whose `shapes` are given by name, with those of a model. Without `sized` the
+    shapes are not compared."""
+    expected = _expected(spec, layout)
+    if not any(name.startswith(layout.prefix) for name in shapes):
+        expected = {name.removeprefix(layout.prefix): shape for name, shape in expected.items()}
     known = re.compile("|".join(layout.buffers) or r"(?!)")
-    unread = shapes.keys() - {part.tensor for part in parts.values()} - {unembedding_again(spec, layout)}
-    rest = [name for name in unread if not known.fullmatch(name.removeprefix(layout.prefix))]
-    if rest:
-        raise ModelError(
-            f"{where} holds {_some(rest)}, which nothing here reads. A forward that ignored a weight could be silently "
-            "wrong, so the model is refused"
-        )
-    return parts
+    again = unembedding_again(spec, layout)
+    return TensorComparison(
+        missing={name: shape for name, shape in expected.items() if name not in shapes},
+        misshapen={
+            name: (tuple(shapes[name]), shape)
+            for name, shape in expected.items()
+            if sized and name in shapes and tuple(shapes[name]) != shape
+        },
+        unread={
+            name: tuple(shape)
+            for name, shape in sorted(shapes.items())
+            if name not in expected and name != again and not known.fullmatch(name.removeprefix(layout.prefix))
+        },
+    )
+
+
+def _expected(spec: ModelSpec, layout: Layout) -> dict[str, Shape]:
+    """Give the shapes of all tensors of a checkpoint that was saved whole."""
+    rows: dict[str, Shape] = {}
+    for weight, tensor in name_tensors(spec, layout).items():
+        out, *rest = spec.weight_shapes()[weight]
+        rows[tensor] = (out + (rows[tensor][0] if tensor in rows else 0), *rest)
+    turned = {f"{name}.weight" for name in layout.transposed}
+    return {name: shape[::-1] if with_layer(name) in turned else shape for name, shape in rows.items()}
+
+
+def with_layer(name: str) -> str:
+    """Give the name of a tensor with `{layer}` in the place of its layer's number."""
+    return re.sub(r"(^|(?<=\.))\d+(?=\.)", "{layer}", name, count=1)
 
 
 def unembedding_again(spec: ModelSpec, layout: Layout) -> str | None:
@@ -107,7 +151,7 @@ def unembedding_again(spec: ModelSpec, layout: Layout) -> str | None:
     return f"{layout.names['unembed']}.weight" if spec.tied and "unembed" in layout.names else None
 
 
-def _place(spec: ModelSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Part]:
+def _place(spec: ModelSpec, layout: Layout, shapes: Mapping[str, Shape]) -> Mapping[str, Part]:
     tensors = name_tensors(spec, layout)
     order = {name: i for i, name in enumerate(layout.names)}
     together: dict[str, list[str]] = {}
@@ -131,6 +175,7 @@ def _rank(weight: str, order: Mapping[str, int]) -> int:
     return order[re.sub(r"^blocks\.\d+\.", "blocks.{layer}.", weight.rpartition(".")[0])]
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(sorted(set(names))[:6])
-    return shown if len(set(names)) <= 6 else f"{shown} and {len(set(names)) - 6} more"
+def _some(names: Iterable[str]) -> str:
+    known = sorted(names)
+    shown = ", ".join(known[:6])
+    return shown if len(known) <= 6 else f"{shown} and {len(known) - 6} more"

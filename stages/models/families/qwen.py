@@ -14,7 +14,7 @@ from .llama import LAYOUT, read_biases, read_llama_like
 
 def _windows(config: Config, n_layers: int) -> dict[str, Any]:
     slides = config.flag("use_sliding_window", False)
-    first = config.take("max_window_layers", 28)
+    first = config.whole("max_window_layers", 28)
     window = read_window(config, 4096) if slides else None
     if not slides:
         config.take("sliding_window", None)  # stands in every config.json, for when it is switched on
