@@ -55,7 +55,7 @@ def attention(
         k_BTKE, v_BTKE = cache.extend(k_BTKE, v_BTKE)
     explicit = spec.attn_softcap is not None or "attn.hook_attn_scores" in at or "attn.hook_pattern" in at
     attend = _attend_explicitly if explicit else _attend
-    z_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, spec, layer, sight, at)
+    z_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, spec, layer, sight, at).contiguous()  # as the output projection reads it
     if "attn.hook_z" in at:
         z_BTHE = at["attn.hook_z"](z_BTHE)
     out_BTD = _merge_heads(z_BTHE, w, at)
@@ -122,14 +122,15 @@ def _attend_explicitly(
     grouped = (n_sequences, spec.n_kv_heads, -1)
     queries_BKxE = q_BTHE.transpose(1, 2).reshape(*grouped, spec.d_head)
     products_BKxS = queries_BKxE @ k_BSKE.permute(0, 2, 3, 1)
-    scores_BHQS = products_BKxS.view(n_sequences, spec.n_heads, n_queries, n_keys) * scale_of(spec, layer)
+    # In place, where nobody else holds the values and no gradient needs them: fresh memory costs page faults.
+    scores_BHQS = products_BKxS.view(n_sequences, spec.n_heads, n_queries, n_keys).mul_(scale_of(spec, layer))
     if spec.attn_softcap is not None:
         scores_BHQS = spec.attn_softcap * torch.tanh(scores_BHQS / spec.attn_softcap)
     if sight.visible is None:
         hidden = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BTHE.device).triu(1)
     else:
         hidden = ~sight.visible
-    scores_BHQS = scores_BHQS.masked_fill(hidden, -torch.inf)
+    scores_BHQS = scores_BHQS.masked_fill_(hidden, -torch.inf)
     if "attn.hook_attn_scores" in at:
         scores_BHQS = at["attn.hook_attn_scores"](scores_BHQS)
     pattern_BHQS = _softmax(scores_BHQS, changes(at, "attn.hook_attn_scores")).to(q_BTHE.dtype)
@@ -152,8 +153,7 @@ def _merge_heads(z_BTHE: Tensor, w: BlockWeights, at: At) -> Tensor:
     out_BTD = F.linear(z_BTHE.flatten(-2), w.out, w.out_bias)
     if "attn.hook_result" not in at:
         return out_BTD
-    out_DHE = w.out.view(-1, *z_BTHE.shape[-2:])
-    given_BTHD = torch.einsum("bthe,dhe->bthd", z_BTHE, out_DHE)
+    given_BTHD = _results(z_BTHE, w.out)
     result_BTHD = at["attn.hook_result"](given_BTHD)
     if not flows(at, "attn.hook_result"):
         return out_BTD
@@ -162,3 +162,20 @@ def _merge_heads(z_BTHE: Tensor, w: BlockWeights, at: At) -> Tensor:
         return summed_BTD
     # Tokens of which nothing was changed keep the bits of the fused product.
     return torch.where((result_BTHD != given_BTHD).flatten(-2).any(-1, keepdim=True), summed_BTD, out_BTD)
+
+
+_FEW_TOKENS = 32
+
+
+def _results(z_BTHE: Tensor, out_DX: Tensor) -> Tensor:
+    """What each head adds to the module's output, [B, T, H, D]."""
+    n_heads, d_head = z_BTHE.shape[-2:]
+    z_xHE, out_HED = z_BTHE.flatten(0, 1), out_DX.view(-1, n_heads, d_head).permute(1, 2, 0)
+    if len(z_xHE) < _FEW_TOKENS or torch.is_grad_enabled():
+        results_xHD = torch.bmm(z_xHE.transpose(0, 1), out_HED).transpose(0, 1)
+    else:
+        # Head by head into its place: a batched product would have to be copied into this order.
+        results_xHD = z_xHE.new_empty(len(z_xHE), n_heads, len(out_DX))
+        for head in range(n_heads):
+            torch.mm(z_xHE[:, head], out_HED[head], out=results_xHD[:, head])
+    return results_xHD.view(*z_BTHE.shape[:2], n_heads, -1)

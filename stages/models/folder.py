@@ -91,6 +91,8 @@ def _map(path: Path) -> Any:
         return safetensors.safe_open(str(path), framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
         raise ModelError(f"{path} is damaged: {error}") from error
+    except RuntimeError as error:  # torch's: Linux maps no file that is larger than memory and swap together
+        raise ModelError(f"{path} cannot be mapped into memory, save it in smaller shards: {error}") from error
 
 
 def tensor_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:

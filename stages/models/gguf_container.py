@@ -78,6 +78,8 @@ def _parse(mapped: mmap.mmap, path: Path) -> Container:
         if not 1 <= n_dims <= _MOST_DIMS:
             raise ModelError(f"{path} is damaged: its tensor {name!r} has {n_dims} dimensions")
         dims = [cursor.scalar("Q") for _ in range(n_dims)]
+        if not all(dims):
+            raise ModelError(f"{path} is damaged: its tensor {name!r} has no values")
         entries.append((name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")))
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:

@@ -62,7 +62,8 @@ class Metadata:
         self._taken: set[str] = set()
 
     def take(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        """Give a setting. Raises ModelError where it is missing without a default, of another type or not positive."""
+        """Give a setting. Raises ModelError where it is missing without a default, of another type, or no positive
+        number."""
         value = self.find(key, kind, default)
         if value is None:
             raise ModelError(f"{self.container.path} has no {self._prefix + key!r} in its metadata")

@@ -71,26 +71,33 @@ def _weighted(normalized: Tensor, w: Norm) -> Tensor:
 def norm(x_BTD: Tensor, w: Norm, spec: ModelSpec, at: At, name: str) -> Tensor:
     """Give the norm of the residual stream, with its points: `hook_scale` [B, T], the root of mean square or variance
     plus eps, in float32; `hook_normalized` [B, T, D], the quotient, before the norm's weight, in the dtype of x."""
-    out_BTD = normalize(x_BTD, w, spec)
     scale_kind, normalized_kind = _POINTS[name]
     if scale_kind not in at and normalized_kind not in at:
-        return out_BTD
+        return normalize(x_BTD, w, spec)
     kind = NORMS[spec.norm]
     normalized_BTD = plain_BTD = kind.normalize(x_BTD, spec.norm_eps)
     if scale_kind in at:
-        centred_BTD = kind.centre(x_BTD.float())
-        given_BT = (centred_BTD.square().mean(-1) + spec.norm_eps).sqrt()
-        scale_BT = at[scale_kind](given_BT)
-        if flows(at, scale_kind):
-            divided_BTD = (centred_BTD / scale_BT[..., None]).to(x_BTD.dtype)
-            normalized_BTD = _where_changed(scale_BT[..., None], given_BT[..., None], divided_BTD, normalized_BTD)
+        normalized_BTD = _scaled(x_BTD, plain_BTD, spec, at, scale_kind)
     if normalized_kind in at:
         normalized_BTD = at[normalized_kind](normalized_BTD)
+    in_two_steps = spec.norm == "rms" and not (spec.norm_float32 and x_BTD.dtype != torch.float32)
+    out_BTD = _weighted(plain_BTD.clone(), w) if in_two_steps else normalize(x_BTD, w, spec)
     if not flows(at, scale_kind) and not flows(at, normalized_kind):
         return out_BTD
     wide = normalized_BTD.float() if spec.norm_float32 else normalized_BTD
     weighted_BTD = _weighted(wide.clone(), w).to(x_BTD.dtype)
     return _where_changed(normalized_BTD, plain_BTD, weighted_BTD, out_BTD)
+
+
+def _scaled(x_BTD: Tensor, plain_BTD: Tensor, spec: ModelSpec, at: At, scale_kind: str) -> Tensor:
+    """Fire the point of the scale; give the quotient, by another scale in the tokens that were given one."""
+    centred_BTD = NORMS[spec.norm].centre(x_BTD.float())
+    given_BT = (centred_BTD.square().mean(-1) + spec.norm_eps).sqrt()
+    scale_BT = at[scale_kind](given_BT)
+    if not flows(at, scale_kind):
+        return plain_BTD
+    divided_BTD = (centred_BTD / scale_BT[..., None]).to(x_BTD.dtype)
+    return _where_changed(scale_BT[..., None], given_BT[..., None], divided_BTD, plain_BTD)
 
 
 def _where_changed(now: Tensor, before: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ _AFTER: dict[str, _Kind] = {
     "hook_logits": _Kind((*_TOKENS, "vocab"), "logits, after multiplier and soft-cap"),
 }
 
+# Nothing else needs it, and it is as many times larger than the stream as there are heads: a `*` does not stand for it.
+_ONLY_BY_NAME = frozenset({"attn.hook_result"})
+
 BEFORE: tuple[str, ...] = tuple(_BEFORE)
 """Kinds that fire once, before the first block."""
 BLOCK: tuple[str, ...] = tuple(_BLOCK)
@@ -185,8 +188,10 @@ def expand(patterns: Iterable[str | HookPoint], available: Sequence[HookPoint]) 
     """Give the points of `available` that the patterns name, in firing order, each once.
 
     A pattern is a HookPoint, a name, or a name with `{a,b}` (either), `[3-5]` or `[0,4,8-11]` (whole numbers, ends
-    included) and `*` (any run of characters, dots included). Braces and brackets enumerate: every alternative they
-    stand for must name a point, so that `blocks.[28-31]…` on a model of 30 layers is an error and not two layers.
+    included) and `*` (any run of characters, dots included; it stands for `attn.hook_result` only in a pattern that
+    spells `hook_result`, a point that in TransformerLens, too, is off unless it is asked for). Braces and brackets
+    enumerate: every alternative they stand for must name a point, so that `blocks.[28-31]…` on a model of 30 layers is
+    an error and not two layers.
 
     Raises HookError for any alternative that matches nothing, naming the legal layers, the points the model has, or
     the nearest name.
@@ -206,7 +211,9 @@ def _matches(text: str, names: Mapping[str, HookPoint]) -> list[HookPoint]:
             raise _absent(HookPoint.parse(text), names)
         return [point]
     shape = re.compile(".*".join(re.escape(piece) for piece in text.split("*")))
-    if found := [point for name, point in names.items() if shape.fullmatch(name)]:
+    spelt = {kind for kind in _ONLY_BY_NAME if kind.rpartition(".")[2] in text}
+    skipped = _ONLY_BY_NAME - spelt
+    if found := [point for name, point in names.items() if shape.fullmatch(name) and point.kind not in skipped]:
         return found
     if layer := re.match(r"blocks\.(\d+)\.", text):
         _check_layer(text, int(layer[1]), names)

@@ -16,7 +16,7 @@ LAYER = 1
 
 @pytest.fixture
 def out(tiny: Model, tokens: Tensor) -> Forward:
-    return tiny.forward(tokens, HookSpec().capture("*"))
+    return tiny.forward(tokens, HookSpec().capture("*", "blocks.*.attn.hook_result"))
 
 
 def at(out: Forward, kind: str) -> Tensor:
@@ -130,6 +130,10 @@ def test_the_mlp(out: Forward, tiny: Model) -> None:
 
 def test_points_fire_in_the_order_of_the_vocabulary(tiny: Model, tokens: Tensor) -> None:
     fired: list[str] = []
-    tiny.forward(tokens, HookSpec().capture("*"), sink=lambda point, tensor: fired.append(str(point)))
+    tiny.forward(
+        tokens,
+        HookSpec().capture("*", "blocks.*.attn.hook_result"),
+        sink=lambda point, tensor: fired.append(str(point)),
+    )
     assert fired == [str(point) for point in tiny.spec.points()]
     assert [name.removeprefix("blocks.1.") for name in fired if name.startswith("blocks.1.")] == list(BLOCK)

@@ -54,6 +54,14 @@ def test_sizes_cover_every_dimension_that_tokens_do_not_decide() -> None:
     assert dims | {"layer"} == set(SPEC.sizes)
 
 
+def test_a_star_stands_for_the_contributions_of_heads_only_where_they_are_spelt_out() -> None:
+    everything = names("*")
+    assert len(everything) == len(POINTS) - SPEC.n_layers
+    assert not any("hook_result" in name for name in [*everything, *names("blocks.3.attn.*")])
+    assert names("blocks.*.hook_result") == [f"blocks.{layer}.attn.hook_result" for layer in range(SPEC.n_layers)]
+    assert names("blocks.3.attn.hook_result") == names("blocks.3.*hook_result*") == ["blocks.3.attn.hook_result"]
+
+
 @pytest.mark.parametrize(
     ("kind", "dims"),
     [
@@ -95,8 +103,8 @@ def test_patterns() -> None:
         "blocks.12.attn.hook_q",
         "blocks.12.attn.hook_k",
     ]
-    assert names("blocks.7.*") == [f"blocks.7.{kind}" for kind in BLOCK]
-    assert names("*") == [str(point) for point in POINTS]
+    assert names("blocks.7.*") == [f"blocks.7.{kind}" for kind in BLOCK if kind != "attn.hook_result"]
+    assert names("*") == [str(point) for point in POINTS if point.kind != "attn.hook_result"]
 
 
 def test_the_result_is_in_firing_order_and_without_repetition() -> None:

@@ -14,7 +14,7 @@ from forebay.stages.models.taps import HookSpec
 
 
 def test_every_variable_is_a_kind_with_its_dims(tiny: Model, tokens: Tensor) -> None:
-    out = tiny.forward(tokens, HookSpec().capture("*"))
+    out = tiny.forward(tokens, HookSpec().capture("*", "blocks.*.attn.hook_result"))
     data = out.to_dataset()
     assert set(data.data_vars) == {point.kind for point in tiny.spec.points()}
     for kind, variable in data.data_vars.items():

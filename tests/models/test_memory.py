@@ -46,7 +46,7 @@ class Held(TorchDispatchMode):
         HookSpec(),
         HookSpec().capture("blocks.*.hook_resid_post", "ln_final.hook_scale"),
         HookSpec().capture("blocks.[0,2].attn.hook_{pattern,attn_scores}"),
-        HookSpec().capture("*"),
+        HookSpec().capture("*", "blocks.*.attn.hook_result"),
     ],
     ids=["bare", "residual streams", "patterns", "everything"],
 )

@@ -284,7 +284,7 @@ def test_a_loss_can_be_differentiated_by_whatever_is_captured(
     kind: str, tiny: Model, random_llama: Callable[..., LlamaForCausalLM], tokens: Tensor
 ) -> None:
     """Against the gradient, by transformers' own autograd, of a change of 0 that is added to the same activation."""
-    everything = tiny.forward(tokens, HookSpec().capture("*"), gradients=True)
+    everything = tiny.forward(tokens, HookSpec().capture("*", "blocks.*.attn.hook_result"), gradients=True)
     out = tiny.forward(tokens, HookSpec().capture(name_of(kind)), gradients=True)
     (ours,) = torch.autograd.grad(loss_of(out.logits), out[name_of(kind)])
     nothing = torch.zeros_like(out[name_of(kind)], requires_grad=True)

@@ -30,7 +30,7 @@ ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
 @pytest.fixture(scope="module")
 def out(ours: Model) -> Forward:
     token_ids = torch.randint(0, 101, (2, LENGTH), generator=torch.Generator().manual_seed(5))
-    return ours.forward(token_ids, HookSpec().capture("*"))
+    return ours.forward(token_ids, HookSpec().capture("*", "blocks.*.attn.hook_result"))
 
 
 def at(out: Forward, kind: str) -> Tensor:

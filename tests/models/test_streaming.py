@@ -14,7 +14,11 @@ from forebay.stages.models.taps import HookSpec
 
 
 def test_streamed_and_collected_are_the_same_bits(tiny: Model, tokens: Tensor) -> None:
-    hooks = HookSpec().capture("*").intervene("blocks.1.hook_resid_pre", lambda value, point: value * 2)
+    hooks = (
+        HookSpec()
+        .capture("*", "blocks.*.attn.hook_result")
+        .intervene("blocks.1.hook_resid_pre", lambda value, point: value * 2)
+    )
     collected = tiny.forward(tokens, hooks)
     streamed: dict[HookPoint, Tensor] = {}
     out = tiny.forward(tokens, hooks, sink=streamed.__setitem__)

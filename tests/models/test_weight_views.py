@@ -18,7 +18,7 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 
 def test_views_multiply_as_the_forward_does(ours: Model) -> None:
-    out, views, spec = ours.forward(TOKENS, HookSpec().capture("*")), ours.views, ours.spec
+    out, views, spec = ours.forward(TOKENS, HookSpec().capture("*", "blocks.*.attn.hook_result")), ours.views, ours.spec
     for layer in range(spec.n_layers):
         at = f"blocks.{layer}."
         entered, z = out[at + "attn.hook_in"], out[at + "attn.hook_z"]
