@@ -161,6 +161,7 @@ def test_a_header_with_one_byte_changed_is_refused_or_is_read(write: Write) -> N
         ("kind", 4, "stores output_norm.weight in the unknown type 4"),
         ("kind", 999, "stores output_norm.weight in the unknown type 999"),
         ("length", 2**40, "is cut off: output_norm.weight should end at byte 4,398,0"),
+        ("length", 0, "is damaged: its tensor 'output_norm.weight' has no values"),
         ("offset", 2**40, "is cut off: output_norm.weight should end at byte 1,099,5"),
         ("n_dims", 0, "is damaged: its tensor 'output_norm.weight' has 0 dimensions"),
         ("n_dims", 2**31, "is damaged: its tensor 'output_norm.weight' has 2147483648 dimensions"),

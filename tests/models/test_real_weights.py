@@ -38,7 +38,8 @@ from .reference import reference_points
 
 ROOT = Path(__file__).parents[2]
 
-# Measured: 5.6e-6 in a logit vector and 5.5e-6 in a residual stream of SmolLM2, 0 and 0 of Gemma.
+# Measured: 6.9e-6 in a vector of logits and 2.4e-6 in a residual stream of SmolLM2, 4.0e-6 and 2.1e-6 of Gemma. With a
+# window that is one token longer or shorter, Gemma's logits are off by 1.6e-2.
 TOLERANCE = 2e-5
 
 PARAGRAPH = (
@@ -53,8 +54,8 @@ PARAGRAPH = (
 class Real:
     """A real model as its makers published it: the class and configuration of transformers.
 
-    `length`: how many tokens of a novel are compared. `loss`: nats a token of the paragraph must not cost more than.
-    `completions`: how prompts must go on.
+    `length`: how many tokens of a novel are compared. `loss`: nats that a token of the paragraph costs, as measured
+    with these files. `completions`: how prompts go on.
     """
 
     kind: type[PreTrainedModel]
@@ -79,7 +80,7 @@ SMOLLM2 = Real(
         tie_word_embeddings=True,
     ),
     length=256,
-    loss=3.0,
+    loss=2.53,
     completions={"The capital of France is": " Paris.", "Once upon a time": ", the city of"},
 )
 GEMMA3 = Real(
@@ -104,9 +105,9 @@ GEMMA3 = Real(
         tie_word_embeddings=True,
     ),
     length=640,
-    loss=3.0,
+    loss=2.37,
     completions={
-        "The capital of France is": " the capital of the country of France.",
+        "Water boils at a temperature of": " 100 degrees Celsius.",
         "Once upon a time": ", there was a little girl named",
     },
 )
@@ -190,7 +191,6 @@ def test_every_residual_stream_and_the_logits(ours: Model, theirs: PreTrainedMod
     errors = {str(point): worst(value, reference[str(point)]) for point, value in out.captures.items()}
     assert len(errors) == 3 * ours.spec.n_layers + 2
     errors["hook_logits"] = worst(out.logits, reference["hook_logits"])
-    print(ours.spec.family, max(errors, key=errors.__getitem__), max(errors.values()), errors["hook_logits"])
     assert {point: error for point, error in errors.items() if not error < TOLERANCE} == {}
     assert torch.equal(out.logits.argmax(-1), reference["hook_logits"].argmax(-1))
 
@@ -201,8 +201,7 @@ def test_english_is_expected(real: Real, ours: Model) -> None:
     logits = ours.forward(token_ids).logits
     assert logits is not None
     loss = float(F.cross_entropy(logits[0, :-1], token_ids[0, 1:]))
-    print(ours.spec.family, token_ids.shape, loss)
-    assert 1.0 < loss < real.loss
+    assert 0.9 * real.loss < loss < 1.1 * real.loss
 
 
 def test_prompts_go_on_sensibly(real: Real, ours: Model) -> None:
