@@ -14,7 +14,7 @@ from .taps import At, changes, flows
 from .weights import BlockWeights
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Sight:
     """How a layer's attention sees positions: by which angles queries and keys turn (None: not at all), and which keys
     each query may look at.
@@ -25,6 +25,18 @@ class Sight:
 
     rotation: Rotation | None
     visible: Tensor | None
+    _hidden: Tensor | None = None
+
+    def hidden(self, scores_BHQS: Tensor) -> Tensor:
+        """The mask of keys that may not be looked at; made when first asked for, by one of the layers that share it."""
+        if self._hidden is None:
+            if self.visible is None:
+                n_positions = scores_BHQS.shape[-1]
+                above = torch.ones(n_positions, n_positions, dtype=torch.bool, device=scores_BHQS.device)
+                self._hidden = above.triu_(1)
+            else:
+                self._hidden = ~self.visible
+        return self._hidden
 
 
 def visible_keys(positions_bQ: Tensor, n_keys: int, window: int | None) -> Tensor:
@@ -126,11 +138,7 @@ def _attend_explicitly(
     scores_BHQS = products_BKxS.view(n_sequences, spec.n_heads, n_queries, n_keys).mul_(scale_of(spec, layer))
     if spec.attn_softcap is not None:
         scores_BHQS = spec.attn_softcap * torch.tanh(scores_BHQS / spec.attn_softcap)
-    if sight.visible is None:
-        hidden = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BTHE.device).triu(1)
-    else:
-        hidden = ~sight.visible
-    scores_BHQS = scores_BHQS.masked_fill_(hidden, -torch.inf)
+    scores_BHQS = scores_BHQS.masked_fill_(sight.hidden(scores_BHQS), -torch.inf)
     if "attn.hook_attn_scores" in at:
         scores_BHQS = at["attn.hook_attn_scores"](scores_BHQS)
     pattern_BHQS = _softmax(scores_BHQS, changes(at, "attn.hook_attn_scores")).to(q_BTHE.dtype)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .devices import resolve_device, resolve_dtype
+from .memory import keep_freed_memory
 from .model import Model
 from .source import open_checkpoint
 from .weights import read_weights
@@ -20,10 +21,13 @@ def load_model(
     """Load a model from a hub id, a local folder, a .gguf file or an installed package (see `open_checkpoint`).
 
     `device`: `auto` takes cuda, then mps, then cpu. `dtype`: float32, bfloat16 or float16; weights are cast from
-    whatever they are stored in. Beside the model only one of its tensors is in memory at a time.
+    whatever they are stored in. Beside the model only one of its tensors is in memory at a time. On a CPU the process
+    is told to keep freed memory (`keep_freed_memory`).
 
     Raises ModelError for whatever cannot be found, read or honoured.
     """
     checkpoint = open_checkpoint(source, revision)
     on, as_ = resolve_device(device), resolve_dtype(dtype)
+    if on.type == "cpu":
+        keep_freed_memory()
     return Model(checkpoint.spec, read_weights(checkpoint, on, as_), on, as_, checkpoint)

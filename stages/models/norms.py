@@ -80,8 +80,8 @@ def norm(x_BTD: Tensor, w: Norm, spec: ModelSpec, at: At, name: str) -> Tensor:
         normalized_BTD = _scaled(x_BTD, plain_BTD, spec, at, scale_kind)
     if normalized_kind in at:
         normalized_BTD = at[normalized_kind](normalized_BTD)
-    in_two_steps = spec.norm == "rms" and not (spec.norm_float32 and x_BTD.dtype != torch.float32)
-    out_BTD = _weighted(plain_BTD.clone(), w) if in_two_steps else normalize(x_BTD, w, spec)
+    in_two_steps = spec.norm == "rms" and w.bias is None and (x_BTD.dtype == torch.float32 or not spec.norm_float32)
+    out_BTD = plain_BTD * w.weight if in_two_steps and w.weight is not None else normalize(x_BTD, w, spec)
     if not flows(at, scale_kind) and not flows(at, normalized_kind):
         return out_BTD
     wide = normalized_BTD.float() if spec.norm_float32 else normalized_BTD
@@ -92,7 +92,7 @@ def norm(x_BTD: Tensor, w: Norm, spec: ModelSpec, at: At, name: str) -> Tensor:
 def _scaled(x_BTD: Tensor, plain_BTD: Tensor, spec: ModelSpec, at: At, scale_kind: str) -> Tensor:
     """Fire the point of the scale; give the quotient, by another scale in the tokens that were given one."""
     centred_BTD = NORMS[spec.norm].centre(x_BTD.float())
-    given_BT = (centred_BTD.square().mean(-1) + spec.norm_eps).sqrt()
+    given_BT = centred_BTD.square().mean(-1).add_(spec.norm_eps).sqrt()
     scale_BT = at[scale_kind](given_BT)
     if not flows(at, scale_kind):
         return plain_BTD
