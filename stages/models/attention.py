@@ -27,16 +27,20 @@ class Sight:
     visible: Tensor | None
     _hidden: Tensor | None = None
 
-    def hidden(self, scores_BHQS: Tensor) -> Tensor:
-        """The mask of keys that may not be looked at; made when first asked for, by one of the layers that share it."""
-        if self._hidden is None:
-            if self.visible is None:
-                n_positions = scores_BHQS.shape[-1]
-                above = torch.ones(n_positions, n_positions, dtype=torch.bool, device=scores_BHQS.device)
-                self._hidden = above.triu_(1)
-            else:
-                self._hidden = ~self.visible
-        return self._hidden
+    def hide(self, scores_BHQS: Tensor) -> Tensor:
+        """Give the scores with −∞ where a key may not be looked at. In place: nobody else holds them, no gradient needs
+        them, and fresh memory costs page faults."""
+        if self._hidden is None:  # made when first asked for, by one of the layers that share it
+            self._hidden = self._mask(scores_BHQS)
+        if scores_BHQS.dtype == torch.float16:  # a product can overflow there, and ∞ − ∞ would be no number
+            return scores_BHQS.masked_fill_(self._hidden.isinf(), -torch.inf)
+        return scores_BHQS.add_(self._hidden)  # a fifth of the time of masked_fill_
+
+    def _mask(self, scores_BHQS: Tensor) -> Tensor:
+        """0 where a key may be looked at, −∞ where not."""
+        if self.visible is None:
+            return torch.full_like(scores_BHQS[0, 0], -torch.inf).triu_(1)
+        return torch.zeros_like(self.visible, dtype=scores_BHQS.dtype).masked_fill_(~self.visible, -torch.inf)
 
 
 def visible_keys(positions_bQ: Tensor, n_keys: int, window: int | None) -> Tensor:
@@ -132,13 +136,12 @@ def _attend_explicitly(
     n_sequences, n_queries, n_keys = *q_BTHE.shape[:2], k_BSKE.shape[1]
     # The G query heads of a key-value head are laid end to end, so that keys and values are never repeated.
     grouped = (n_sequences, spec.n_kv_heads, -1)
-    queries_BKxE = q_BTHE.transpose(1, 2).reshape(*grouped, spec.d_head)
-    products_BKxS = queries_BKxE @ k_BSKE.permute(0, 2, 3, 1)
-    # In place, where nobody else holds the values and no gradient needs them: fresh memory costs page faults.
-    scores_BHQS = products_BKxS.view(n_sequences, spec.n_heads, n_queries, n_keys).mul_(scale_of(spec, layer))
+    queries_BKxE = (q_BTHE * scale_of(spec, layer)).transpose(1, 2).reshape(*grouped, spec.d_head)
+    scores_BKxS = queries_BKxE @ k_BSKE.permute(0, 2, 3, 1)
+    scores_BHQS = scores_BKxS.view(n_sequences, spec.n_heads, n_queries, n_keys)
     if spec.attn_softcap is not None:
         scores_BHQS = spec.attn_softcap * torch.tanh(scores_BHQS / spec.attn_softcap)
-    scores_BHQS = scores_BHQS.masked_fill_(sight.hidden(scores_BHQS), -torch.inf)
+    scores_BHQS = sight.hide(scores_BHQS)
     if "attn.hook_attn_scores" in at:
         scores_BHQS = at["attn.hook_attn_scores"](scores_BHQS)
     pattern_BHQS = _softmax(scores_BHQS, changes(at, "attn.hook_attn_scores")).to(q_BTHE.dtype)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from .devices import resolve_device, resolve_dtype
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, release_freed_memory
 from .model import Model
 from .source import open_checkpoint
 from .weights import read_weights
@@ -28,6 +28,8 @@ def load_model(
     """
     checkpoint = open_checkpoint(source, revision)
     on, as_ = resolve_device(device), resolve_dtype(dtype)
+    model = Model(checkpoint.spec, read_weights(checkpoint, on, as_), on, as_, checkpoint)
     if on.type == "cpu":
+        release_freed_memory()  # what reading took besides
         keep_freed_memory()
-    return Model(checkpoint.spec, read_weights(checkpoint, on, as_), on, as_, checkpoint)
+    return model

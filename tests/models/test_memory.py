@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -86,3 +89,27 @@ def test_memory_in_use_grows_with_what_is_held() -> None:
     assert after.resident - before.resident > 0.9 * kept.nbytes
     assert after.peak_resident >= after.resident - 2**20
     assert after.allocated is None
+
+
+KEEPING = """
+import torch
+from forebay.stages.models.memory import keep_freed_memory, memory_in_use, release_freed_memory
+print(keep_freed_memory())
+before = memory_in_use().resident
+blocks = [torch.ones(10_000_000) for _ in range(10)]
+held = memory_in_use().resident
+del blocks
+kept = memory_in_use().resident
+print(release_freed_memory())
+released = memory_in_use().resident
+print(*((value - before) // 1_000_000 for value in (held, kept, released)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_until_it_is_released() -> None:
+    said = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True).stdout.split()
+    assert said[:2] == ["True", "True"]
+    held, kept, released = map(int, said[2:])
+    assert held >= kept > 390
+    assert released < 100

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import gguf.quants, safetensors, torch
 from forebay.stages.models.load import load_model
+from forebay.stages.models.memory import release_freed_memory
 
 source = Path(sys.argv[1])
 torch.set_num_threads(1)
@@ -62,6 +63,7 @@ for how in sys.argv[2:]:
     done.set()
     watcher.join()
     del model
+    release_freed_memory()
     print(max(*seen, after) - start, after - start)
 """
 
