@@ -45,7 +45,7 @@ class Capture(Stage):
     verb: ClassVar[str] = "capture"
     store: ClassVar[str] = "activations"
     source: ClassVar[str | None] = "tokenize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     told_elsewhere: ClassVar[frozenset[str]] = frozenset({"model", "threads"})
 
     model: ModelSource
