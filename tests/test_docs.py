@@ -34,7 +34,7 @@ def test_a_table_that_has_drifted_is_noticed(tmp_path: Path) -> None:
     assert "docs/hooks.md is out of date: run scripts/docs" in found.stderr
 
 
-@pytest.mark.parametrize("name", ["hooks.md"])
+@pytest.mark.parametrize("name", ["hooks.md", "models.md"])
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks

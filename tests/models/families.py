@@ -249,9 +249,13 @@ WITHOUT_EFFECT = frozenset(
 
 
 def build(variant: str) -> PreTrainedModel:
-    """Make the model of a variant, with eager attention. Every weight and bias is random and matters, and is the same
-    in all variants of a family that have it."""
-    family, settings = VARIANTS[variant]
+    """Make the model of a variant."""
+    return make(*VARIANTS[variant])
+
+
+def make(family: str, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """Make a model with eager attention. Every weight and bias is random and matters, and is the same in all models of
+    a family that have it."""
     with torch.random.fork_rng():
         torch.manual_seed(20_240_229)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from gguf import RopeScalingType
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from forebay.stages.models.errors import ModelError
 from forebay.stages.models.gguf_specs import ARCHITECTURES
@@ -25,6 +24,7 @@ from forebay.stages.models.spec import RopeSpec
 from forebay.stages.models.taps import HookSpec
 
 from . import gguf_writing
+from .families import make
 from .gguf_writing import round_trip, write_gguf
 from .reference import reference_points
 
@@ -105,21 +105,8 @@ PLAIN = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 
 def build(variant: str) -> PreTrainedModel:
-    """Make the model of a variant, with eager attention; every weight and bias of it is random and matters."""
-    family, settings = VARIANTS[variant]
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
-    model.set_attn_implementation("eager")
-    centre = 0.0 if family.startswith("gemma") else 1.0  # Gemma's norms add one to their weight
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            if "norm" in name:
-                weight.copy_(centre + 0.3 * noise)
-            else:
-                weight.copy_((1.3 * min(weight.shape) ** -0.5 if weight.dim() == 2 else 0.3) * noise)
-    return model
+    """Make the model of a variant."""
+    return make(*VARIANTS[variant])
 
 
 @pytest.fixture(autouse=True)
