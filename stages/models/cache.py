@@ -13,8 +13,7 @@ from .spec import ModelSpec
 class LayerCache:
     """Keys, after rotation, and values of one layer: [sequence, position, kv_head, d_head], filled as the model runs.
 
-    `rows` and `positions_BT` say where the tokens of the next call belong; `n_keys` how far the longest sequence then
-    reaches.
+    `positions_BT` says where the tokens of the next call belong, `n_keys` how far the longest sequence then reaches.
     """
 
     keys: Tensor

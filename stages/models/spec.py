@@ -57,7 +57,7 @@ class ModelSpec:
     embedding. Layers that `sliding` marks see only the last `window` positions, themselves included, and turn by
     `sliding_rope` where there is one.
 
-    Norms: `norm` is a key of `parts.NORMS`; they have a weight and perhaps a bias (`norm_weight`, `norm_bias`);
+    Norms: `norm` is a key of `norms.NORMS`; they have a weight and perhaps a bias (`norm_weight`, `norm_bias`);
     `norm_offset` is added to the weight; `norm_float32` says that the weight is applied before the cast back to the
     model's dtype. `pre_norms` stand before attention and MLP, `post_norms` on what they give (sandwich norms have
     both). `parallel`: attention and MLP both read the block's input; with `shared_norm` through the same norm.
