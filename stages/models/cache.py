@@ -32,7 +32,7 @@ class LayerCache:
 class KeyValueCache:
     """The caches of all layers for a batch of sequences, with room for `n_positions` of each.
 
-    Memory: 2 · layers · sequences · n_positions · kv heads · d_head numbers in the model's dtype (`bytes_of`).
+    Memory: 2 · layers · sequences · n_positions · kv heads · d_head numbers in the model's dtype (`cache_bytes`).
     Sequences of different lengths each go on at their own position: what lay there as padding is overwritten.
     """
 

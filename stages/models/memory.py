@@ -51,9 +51,9 @@ _MALLOPT = {-1: -1, -3: 2**30, -2: 2**26}
 
 def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for what is allocated next, instead of giving every large block back to the
-    system and taking the faults of fresh pages again: a forward that captures everything would spend a third of its
-    time on those. For the whole process, on Linux with glibc; gives whether that is so. The process then stays as
-    large as it ever was, until `release_freed_memory`.
+    system and taking the faults of fresh pages again: a forward that captures everything would spend more than a third
+    of its time on those. For the whole process, on Linux with glibc; gives whether that is so. The process then stays
+    as large as it ever was, until `release_freed_memory`.
     """
     mallopt = _of_glibc("mallopt")
     return mallopt is not None and all(mallopt(name, value) for name, value in _MALLOPT.items())

@@ -217,7 +217,8 @@ class Model:
     def _continuation(self, prompt: Tensor, ids: list[int], stops: Sequence[int]) -> Continuation:
         stopped_by = ids.pop() if ids and ids[-1] in stops else None
         text = self.tokenizer.to_string(ids, continues=True) if self._has_tokenizer else None
-        return Continuation(prompt=prompt.cpu(), token_ids=torch.tensor(ids), stopped_by=stopped_by, text=text)
+        token_ids = torch.tensor(ids, dtype=torch.int64)
+        return Continuation(prompt=prompt.cpu(), token_ids=token_ids, stopped_by=stopped_by, text=text)
 
     def extend(self, token_ids_BT: Tensor, starts: Sequence[int], cache: KeyValueCache) -> Tensor:
         """Run the model on tokens that follow those in `cache`, which takes them in, and give the residual stream after

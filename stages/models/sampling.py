@@ -73,7 +73,8 @@ GREEDY = Sampling()
 
 def extract_token_prob(logits: Tensor, token_id: int) -> Tensor:
     """Give the probability, float32, that `token_id` comes next: of logits [vocab] a scalar, of [position, vocab] that
-    after the last position, of [sequence, position, vocab] one a sequence, after its last position.
+    after the last position, of [sequence, position, vocab] one a sequence, after the last position of all (in a batch
+    of different lengths that is padding for the shorter ones: give each sequence's own rows).
 
     Raises ModelError for a token id outside the vocabulary.
     """

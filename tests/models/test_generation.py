@@ -76,6 +76,14 @@ def test_a_stop_token_ends_one_sequence_and_not_the_others(tiny: Model) -> None:
     assert all(step[1] is None for step in steps[free[1].index(stop) + 1 :])
 
 
+def test_a_text_that_ends_at_once_has_no_tokens(tiny: Model) -> None:
+    (first,) = ids(tiny, PROMPTS[:1], max_new_tokens=1)
+    (out,) = tiny.generate(PROMPTS[:1], stops=first)
+    assert out.stopped_by == first[0]
+    assert out.token_ids.dtype == torch.int64
+    assert out.token_ids.shape == (0,)
+
+
 def test_the_stream_gives_tokens_as_they_come(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = tiny.stream(PROMPTS, max_new_tokens=4, stops=())
     first = next(steps)

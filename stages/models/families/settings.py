@@ -241,7 +241,7 @@ class Settings:
     def _windows(self, n_layers: int) -> dict[str, Any]:
         config, key = self._config, self._spelling(*_WINDOW)
         switched = config.take("use_sliding_window", None) is not None
-        first = self._try(lambda: self._first_to_slide(n_layers), 0) if switched else 0
+        first = self._try(lambda: config.whole("max_window_layers", n_layers), 0) if switched else 0
         never: Callable[[int], bool] = _never
         slides = self._try(lambda: self._slides(first, stated=config.take(key, None) is not None), never)
         default = tuple(map(slides, range(n_layers)))
@@ -249,12 +249,6 @@ class Settings:
         if any(sliding) and config.take("use_sliding_window", True) is False:
             self.problems.append(f"{self._where} has layers that slide, and says use_sliding_window = False")
         return self._try(lambda: windows(config.count(key), sliding), {}) if any(sliding) else {}
-
-    def _first_to_slide(self, n_layers: int) -> int:
-        first = self._config.take("max_window_layers", n_layers)
-        if not isinstance(first, int):
-            raise self._config.refusal("max_window_layers", first, "a whole number")
-        return first
 
     def _slides(self, first: int, *, stated: bool) -> Callable[[int], bool]:
         """Give the rule by which layers slide where no list says it."""
