@@ -80,10 +80,10 @@ class Tokenize(Stage):
                 f"tokenize.unit_tokens = {self.unit_tokens} must be a multiple of tokenize.context = {self.context}"
             )
         checkpoint = self.model.open()
-        if self.context > checkpoint.spec.n_ctx:
+        longest = checkpoint.spec.n_ctx
+        if longest is not None and self.context > longest:
             raise SchemaError(
-                f"tokenize.context = {self.context} is longer than the model's context of {checkpoint.spec.n_ctx} "
-                "tokens"
+                f"tokenize.context = {self.context} is longer than the model's context of {longest} tokens"
             )
         self.rules(checkpoint)
 

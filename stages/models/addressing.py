@@ -51,9 +51,11 @@ class Site:
         """Give the site of a point for sequences of these lengths."""
         known = {**spec.sizes, "sequence": len(lengths), **dict.fromkeys(PER_TOKEN, max(lengths))}
         slides = point.layer is not None and spec.slides(point.layer)
+        # A state is captured after some positions, and can be addressed after any.
+        dims = ("position" if dim == "state_position" else dim for dim in point.dims)
         return cls(
             point=point,
-            sizes={dim: known[dim] for dim in point.dims},
+            sizes={dim: known[dim] for dim in dims},
             lengths=lengths,
             window=spec.window if slides else None,
             shared=spec.n_heads // spec.n_kv_heads,

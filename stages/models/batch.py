@@ -71,7 +71,7 @@ def _check(row: Tensor, index: int, spec: ModelSpec) -> None:
         raise ModelError(f"{where} has token ids of dtype {row.dtype}; integers are expected")
     if not row.numel():
         raise ModelError(f"{where} is empty: every sequence needs at least one token")
-    if row.shape[-1] > spec.n_ctx:
+    if spec.n_ctx is not None and row.shape[-1] > spec.n_ctx:
         raise ModelError(f"{where} has {row.shape[-1]:,} tokens; the context of this model is {spec.n_ctx:,} long")
     low, high = (int(end) for end in row.aminmax())
     if low < 0 or high >= spec.d_vocab:

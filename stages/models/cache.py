@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .blocks import Past
 from .spec import ModelSpec
 
 
@@ -29,7 +30,7 @@ class LayerCache:
         return self.keys[:, : self.n_keys], self.values[:, : self.n_keys]
 
 
-class KeyValueCache:
+class KeyValueCache(Past):
     """The caches of all layers for a batch of sequences, with room for `n_positions` of each.
 
     Memory: 2 · layers · sequences · n_positions · kv heads · d_head numbers in the model's dtype (`cache_bytes`).
@@ -39,20 +40,20 @@ class KeyValueCache:
     def __init__(
         self, spec: ModelSpec, n_sequences: int, n_positions: int, device: torch.device, dtype: torch.dtype
     ) -> None:
+        super().__init__(n_sequences)
         shape = (spec.n_layers, n_sequences, n_positions, spec.n_kv_heads, spec.d_head)
         keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         nowhere = torch.empty(0, dtype=torch.int64, device=device)
         self.layers = [LayerCache(k, v, nowhere) for k, v in zip(keys, values, strict=True)]
         self._device = device
 
-    def place(self, starts: Sequence[int], n_tokens: int) -> tuple[Tensor, int]:
-        """Say that the next `n_tokens` tokens of sequence i stand at positions `starts[i]` and on. Gives the positions
-        [sequence, token] and the number of keys that any of them can see."""
-        first_B1 = torch.tensor(starts, device=self._device)[:, None]
-        positions_BT = first_B1 + torch.arange(n_tokens, device=self._device)
-        n_keys = max(starts) + n_tokens
+    def place(self, counts: Sequence[int], n_tokens: int) -> tuple[Tensor, int]:
+        """Say that `n_tokens` tokens follow in every sequence, of which the first `counts[i]` of sequence i are no
+        padding. Gives their positions [sequence, token] and the number of keys that any of them can see."""
+        positions_BT, n_keys = self.positions(n_tokens, self._device), max(self.lengths) + n_tokens
         for layer in self.layers:
             layer.positions_BT, layer.n_keys = positions_BT, n_keys
+        self.lengths = [seen + count for seen, count in zip(self.lengths, counts, strict=True)]
         return positions_BT, n_keys
 
 

@@ -13,6 +13,8 @@ from .points import HookPoint
 if TYPE_CHECKING:
     import xarray
 
+    from .rwkv.states import RecurrentStates
+
 _PER_TOKEN = ("position", "query", "key")  # dimensions along which a shorter sequence of the batch ends early
 
 
@@ -23,12 +25,17 @@ class Forward:
     `logits` [sequence, position, vocab] in the model's dtype, None where they were not asked for. `lengths` of the
     sequences: beyond them a row holds padding, whose values mean nothing. `captures` by hook point, in firing order,
     in the dtype and on the device of the model; empty where a sink took them. `token_ids` [sequence, position].
+    `states` are those of a recurrent model after each sequence's last token, with which its next piece begins; None for
+    a transformer, and where the forward ended before its last block. `state_positions` are those after which
+    `rwkv.hook_state` is captured, along its dimension of that name, as they were asked for: −1 is the last one.
     """
 
     logits: Tensor | None
     lengths: tuple[int, ...]
     captures: Mapping[HookPoint, Tensor]
     token_ids: Tensor
+    states: "RecurrentStates | None" = None
+    state_positions: tuple[int, ...] = (-1,)
 
     def __getitem__(self, point: str | HookPoint) -> Tensor:
         """Give one capture by name or point; its dimensions are `point.dims`. Raises HookError for one not captured."""
@@ -72,6 +79,8 @@ class Forward:
         blanked = [self._blank_padding(tensor.detach().cpu(), dims) for tensor in by_layer.values()]
         coords: dict[str, Any] = {dim: range(self.token_ids.shape[1]) for dim in dims if dim in _PER_TOKEN}
         coords["sequence"] = range(len(self.lengths))
+        if "state_position" in dims:
+            coords["state_position"] = list(self.state_positions)
         if not layers:
             return xarray.DataArray(blanked[0].numpy(), dims=dims, coords=coords, name=kind)
         coords["layer"] = layers

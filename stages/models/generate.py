@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .cache import KeyValueCache
 from .errors import HookError, ModelError
 from .recurrence import Recurrence
 from .rope import LENGTH_DEPENDENT
@@ -56,7 +55,7 @@ def stream(
     if max_new_tokens < 1:
         raise ModelError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     beyond = max(lengths) + max_new_tokens
-    if beyond > spec.n_ctx:
+    if spec.n_ctx is not None and beyond > spec.n_ctx:
         raise ModelError(
             f"a prompt of {max(lengths):,} tokens and {max_new_tokens:,} new ones exceed the context of this model, "
             f"{spec.n_ctx:,}"
@@ -123,14 +122,13 @@ def _recomputed(model: "Model", batch: Batch, hooks: HookSpec, recurrence: Recur
 
 
 def _cached(model: "Model", batch: Batch, max_new_tokens: int) -> _Logits:
-    """Run the prompts once and then the new tokens alone, on the keys and values of all before them."""
+    """Run the prompts once and then the new tokens alone, on what is remembered of all before them."""
     n_sequences, n_positions = batch.token_ids.shape
-    cache = KeyValueCache(model.spec, n_sequences, n_positions + max_new_tokens, model.device, model.dtype)
+    past = model.remember(n_sequences, n_positions + max_new_tokens)
     index = torch.arange(n_sequences, device=model.device)
-    lengths = list(batch.lengths)
     with torch.no_grad():
-        resid_BTD = model.extend(batch.token_ids, [0] * n_sequences, cache)
-        resid_BD = resid_BTD[index, torch.tensor(lengths, device=model.device) - 1]
+        resid_BTD = model.extend(batch.token_ids, batch.lengths, past)
+        resid_BD = resid_BTD[index, torch.tensor(batch.lengths, device=model.device) - 1]
     while True:
         with torch.no_grad():
             logits_BV = model.unembedding.project(model.unembedding.normalize(resid_BD))
@@ -138,5 +136,4 @@ def _cached(model: "Model", batch: Batch, max_new_tokens: int) -> _Logits:
         # A sequence that has ended goes on in place, unread.
         tokens_B1 = torch.tensor([[0 if token is None else token] for token in step], device=model.device)
         with torch.no_grad():
-            resid_BD = model.extend(tokens_B1, lengths, cache)[:, -1]
-        lengths = [length + (token is not None) for length, token in zip(lengths, step, strict=True)]
+            resid_BD = model.extend(tokens_B1, [int(token is not None) for token in step], past)[:, -1]

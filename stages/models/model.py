@@ -8,23 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Sight, visible_keys
 from .batch import Batch, TokenIds, make_batch
-from .cache import KeyValueCache
+from .blocks import Blocks, Past, Run
 from .checkpoint import Checkpoint
 from .errors import ModelError
 from .forward import Forward
 from .generate import Continuation, Step, stream
 from .memory import ForwardMemory, forward_memory
 from .norms import norm
-from .parts import block
 from .points import HookPoint, expand
 from .recurrence import Recurrence
-from .rope import LENGTH_DEPENDENT, Rotation, frequencies_of, rotation
+from .resolve import resolve, state_positions
+from .rwkv.layers import RwkvBlocks
+from .rwkv.states import RecurrentStates
 from .sampling import GREEDY, Sampling
-from .spec import ModelSpec, RopeSpec
-from .taps import EMPTY, Finished, HookSpec, Sink, Taps, resolve
+from .spec import ModelSpec
+from .taps import EMPTY, At, Finished, HookSpec, Sink, Taps
 from .text import ModelTokenizer, tokenizer_of
+from .transformer import TransformerBlocks
 from .unembedding import Unembedding
 from .views import WeightViews
 from .weights import Weights
@@ -69,6 +70,7 @@ class Model:
         sink: Sink | None = None,
         gradients: bool = False,
         recurrence: Recurrence | None = None,
+        states: RecurrentStates | None = None,
     ) -> Forward:
         """Run the model on token ids, capturing and intervening as `hooks` says.
 
@@ -77,7 +79,8 @@ class Model:
         wherever in a block it lies. `sink(point, tensor)` takes captures as they happen instead of their being
         collected. `gradients` keeps the graph from the embedding on: captures and logits can then be differentiated
         with respect to captures before them and to what interventions put in. `recurrence` runs some layers several
-        times.
+        times. `states` are those with which a recurrent model begins, one a sequence: the `states` of the forward of
+        what came before, so that a text can be run in pieces; None: those before the first token.
 
         Attention runs through scaled_dot_product_attention, except in blocks whose scores or pattern are captured or
         intervened on, and in models that cap their scores: there it is computed step by step and agrees with the other
@@ -86,36 +89,42 @@ class Model:
         and HookError for a result of an intervention that does not fit.
         """
         captures: dict[HookPoint, Tensor] = {}
+        hooks = hooks or EMPTY
         batch = make_batch(token_ids, self.spec, self.device)
-        taps = resolve(hooks or EMPTY, self.spec, batch, sink or captures.__setitem__, logits=logits)
+        taps = resolve(hooks, self.spec, batch, sink or captures.__setitem__, logits=logits)
         if recurrence is not None:
             recurrence.check(self.spec, batch.lengths)
+        run = self._blocks.start(batch.lengths, states)
         try:
             with torch.set_grad_enabled(gradients):
-                result = self._run(batch, taps, recurrence)
+                result = self._run(batch, taps, recurrence, run)
         except Finished:
             result = None
         return Forward(
-            logits=result if logits else None, lengths=batch.lengths, captures=captures, token_ids=batch.token_ids
+            logits=result if logits else None,
+            lengths=batch.lengths,
+            captures=captures,
+            token_ids=batch.token_ids,
+            states=run.states,
+            state_positions=state_positions(hooks, self.spec),
         )
 
-    def _run(self, batch: Batch, taps: Taps, recurrence: Recurrence | None) -> Tensor:
+    def _run(self, batch: Batch, taps: Taps, recurrence: Recurrence | None, run: Run) -> Tensor:
         """Give the logits; raises Finished at the last tap where they are not needed."""
         positions_1T = torch.arange(batch.token_ids.shape[1], device=self.device)[None]
-        x_BTD = self._embed(batch.token_ids, positions_1T, taps)
-        sights = self._sights(positions_1T, batch.lengths)
+        x_BTD = self._embed(batch.token_ids, positions_1T, taps.top)
         n_layers = self.spec.n_layers
         if recurrence is None:
-            x_BTD = self._blocks(x_BTD, 0, n_layers, sights, taps)
+            x_BTD = run(x_BTD, 0, n_layers, taps)
         else:
             first, beyond = recurrence.first, recurrence.last + 1
-            x_BTD = entered_BTD = self._blocks(x_BTD, 0, first, sights, taps)
+            x_BTD = entered_BTD = run(x_BTD, 0, first, taps)
             for n in range(recurrence.depth):
                 if n and recurrence.feedback:
                     x_BTD = recurrence.push(entered_BTD, batch.lengths)
                 again = n < recurrence.depth - 1
-                x_BTD = self._blocks(x_BTD, first, beyond, sights, taps.unrecorded() if again else taps)
-            x_BTD = self._blocks(x_BTD, beyond, n_layers, sights, taps)
+                x_BTD = run(x_BTD, first, beyond, taps.unrecorded() if again else taps)
+            x_BTD = run(x_BTD, beyond, n_layers, taps)
         x_BTD = norm(x_BTD, self.weights.ln_final, self.spec, taps.top, "ln_final")
         if "hook_final_norm" in taps.top:
             x_BTD = taps.top["hook_final_norm"](x_BTD)
@@ -156,8 +165,8 @@ class Model:
 
         `prompts`: texts, or token ids as `forward` takes them. Interventions of `hooks` are in force at every step, on
         the whole sequence so far, so that `at(position=-1)` is the position that is about to be continued; the sequence
-        is then run anew for every token. Otherwise keys and values of the past are kept (`KeyValueCache`), which gives
-        the same tokens; `cache` forces one of the two. `recurrence` as in `forward`.
+        is then run anew for every token. Otherwise keys and values of the past, or recurrent states, are kept, which
+        gives the same tokens; `cache` forces one of the two. `recurrence` as in `forward`.
 
         Raises as `forward` does, and ModelError where prompt and continuation would exceed the context, all before
         anything is computed.
@@ -220,31 +229,35 @@ class Model:
         token_ids = torch.tensor(ids, dtype=torch.int64)
         return Continuation(prompt=prompt.cpu(), token_ids=token_ids, stopped_by=stopped_by, text=text)
 
-    def extend(self, token_ids_BT: Tensor, starts: Sequence[int], cache: KeyValueCache) -> Tensor:
-        """Run the model on tokens that follow those in `cache`, which takes them in, and give the residual stream after
+    def remember(self, n_sequences: int, n_positions: int) -> Past:
+        """Give the past, for `extend`, of sequences of which nothing is seen yet, with room for `n_positions` each."""
+        return self._blocks.past(n_sequences, n_positions)
+
+    def extend(self, token_ids_BT: Tensor, counts: Sequence[int], past: Past) -> Tensor:
+        """Run the model on tokens that follow those in `past`, which takes them in, and give the residual stream after
         the last block [sequence, position, d_model]: for `generate`. Nothing is hooked and nothing checked.
 
-        `starts` are the positions of the first of them in each sequence: all 0, for prompts, which may be padded on the
-        right, or those that follow each sequence's own last, whose padding is then overwritten.
+        The first `counts[i]` of row i are meant, what follows is padding, which the tokens of the next call overwrite.
         """
-        positions_BT, n_keys = cache.place(starts, token_ids_BT.shape[1])
-        x_BTD = self._embed(token_ids_BT, positions_BT, None)
-        if any(starts):
-            sights = self._sights(positions_BT, (n_keys,), n_keys)
-        else:
-            sights = self._sights(positions_BT[:1], (n_keys,))
-        for layer, weights in enumerate(self.weights.blocks):
-            sight = sights[self.spec.slides(layer)]
-            x_BTD = block(x_BTD, weights, self.spec, layer, sight, cache.layers[layer], {})
-        return x_BTD
+        x_BTD = self._embed(token_ids_BT, past.positions(token_ids_BT.shape[1], self.device), {})
+        run = self._blocks.follow(past, counts, token_ids_BT.shape[1])
+        return run(x_BTD, 0, self.spec.n_layers, None)
 
-    def _embed(self, token_ids_BT: Tensor, positions_bT: Tensor, taps: Taps | None) -> Tensor:
-        top = {} if taps is None else taps.top
+    @cached_property
+    def _blocks(self) -> Blocks:
+        weights = self.weights
+        if self.spec.rwkv is None:
+            return TransformerBlocks(self.spec, weights.blocks, self.device, self.dtype)
+        return RwkvBlocks(self.spec, weights.rwkv_blocks, self.device, self.dtype)
+
+    def _embed(self, token_ids_BT: Tensor, positions_bT: Tensor, top: At) -> Tensor:
         x_BTD = F.embedding(token_ids_BT, self.weights.embed)
         if self.spec.embed_scale != 1.0:
             x_BTD = x_BTD * torch.tensor(self.spec.embed_scale, dtype=self.dtype)  # rounded as transformers rounds it
         if torch.is_grad_enabled():
             x_BTD.requires_grad_()  # weights require none: this is where the graph begins
+        if self.weights.embed_ln is not None:
+            x_BTD = norm(x_BTD, self.weights.embed_ln, self.spec, top, "embed.ln")
         if "hook_embed" in top:
             x_BTD = top["hook_embed"](x_BTD)
         if self.weights.pos_embed is not None:
@@ -253,34 +266,3 @@ class Model:
                 where_BTD = top["hook_pos_embed"](where_BTD.expand_as(x_BTD))
             x_BTD = x_BTD + where_BTD
         return x_BTD
-
-    def _blocks(self, x_BTD: Tensor, first: int, beyond: int, sights: tuple[Sight, Sight], taps: Taps) -> Tensor:
-        for layer in range(first, beyond):
-            sight = sights[self.spec.slides(layer)]
-            x_BTD = block(x_BTD, self.weights.blocks[layer], self.spec, layer, sight, None, taps.blocks[layer])
-        return x_BTD
-
-    def _sights(self, positions_bT: Tensor, lengths: Sequence[int], n_keys: int | None = None) -> tuple[Sight, Sight]:
-        """Give the sight of layers that see the whole past, and of those that slide. `n_keys` is given where keys come
-        from a cache; otherwise they are those of the same tokens."""
-        spec = self.spec
-        turns = None if spec.rope is None else self._rotation(spec.rope, positions_bT, lengths)
-        local = turns if spec.sliding_rope is None else self._rotation(spec.sliding_rope, positions_bT, lengths)
-        reach = positions_bT.shape[1] if n_keys is None else n_keys
-        visible = None if n_keys is None else visible_keys(positions_bT, reach, None)
-        near = visible
-        if spec.window is not None and reach > spec.window:
-            near = visible_keys(positions_bT, reach, spec.window)
-        return Sight(turns, visible), Sight(local, near)
-
-    def _rotation(self, rope: RopeSpec, positions_bT: Tensor, lengths: Sequence[int]) -> Rotation:
-        frequencies_be = self._frequencies.get(rope)
-        if frequencies_be is None:
-            frequencies_be = frequencies_of(rope, self.spec.d_head, lengths).to(self.device)
-            if rope.kind not in LENGTH_DEPENDENT:
-                self._frequencies[rope] = frequencies_be
-        return rotation(frequencies_be, positions_bT, rope.attention_factor, self.dtype)
-
-    @cached_property
-    def _frequencies(self) -> dict[RopeSpec, Tensor]:
-        return {}

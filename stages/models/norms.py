@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reader import Norm
 from .spec import ModelSpec
 from .taps import At, flows
-from .weights import Norm
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:
@@ -45,7 +45,7 @@ NORMS: Mapping[str, _Kind] = {"rms": _Kind(_rms, _as_it_is), "layer": _Kind(_lay
 """The norms by the names that `ModelSpec.norm` takes."""
 
 _POINTS: Mapping[str, tuple[str, str]] = {
-    name: (f"{name}.hook_scale", f"{name}.hook_normalized") for name in ("ln1", "ln2", "ln_final")
+    name: (f"{name}.hook_scale", f"{name}.hook_normalized") for name in ("ln1", "ln2", "ln_final", "embed.ln")
 }
 
 

@@ -9,16 +9,19 @@ Which of them a model goes through, and how, is read from its `ModelSpec` alone:
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Sight, attention
-from .cache import LayerCache
 from .norms import norm, normalize
+from .reader import Norm
 from .spec import ModelSpec
 from .taps import At
 from .weights import BlockWeights
+
+Branch: TypeAlias = Callable[[Tensor], Tensor]
+"""What a block adds to the residual stream, from the normed stream: same shape."""
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -26,6 +29,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_sigmoid": lambda x: x * (1.702 * x).sigmoid(),
     "relu": lambda x: x.clamp_min(0),
+    "relu_squared": lambda x: x.clamp_min(0).square(),
 }
 """Activation functions by the names that `ModelSpec.activation` takes. Their gradient must not need their result, which
 is multiplied in place: so relu is a clamp."""
@@ -53,15 +57,27 @@ def mlp(x_BTD: Tensor, w: BlockWeights, spec: ModelSpec, at: At) -> Tensor:
     return out_BTD
 
 
-def block(
-    x_BTD: Tensor, w: BlockWeights, spec: ModelSpec, layer: int, sight: Sight, cache: LayerCache | None, at: At
-) -> Tensor:
-    """One block: attention and MLP on the residual stream, one after the other or, where `spec.parallel`, side by side;
-    each with a norm before it, on what it gives, both or neither."""
+class BlockNorms(Protocol):
+    """The norms of a block; None for those that the model does not have."""
+
+    @property
+    def ln1(self) -> Norm | None: ...
+    @property
+    def ln1_post(self) -> Norm | None: ...
+    @property
+    def ln2(self) -> Norm | None: ...
+    @property
+    def ln2_post(self) -> Norm | None: ...
+
+
+def block(x_BTD: Tensor, w: BlockNorms, spec: ModelSpec, at: At, first: Branch, second: Branch) -> Tensor:
+    """One block: `first`, attention or time mixing, and `second`, MLP or channel mixing, on the residual stream, one
+    after the other or, where `spec.parallel`, side by side; each with a norm before it, on what it gives, both or
+    neither."""
     if "hook_resid_pre" in at:
         x_BTD = at["hook_resid_pre"](x_BTD)
     normed_BTD = x_BTD if w.ln1 is None else norm(x_BTD, w.ln1, spec, at, "ln1")
-    attn_BTD = attention(normed_BTD, w, spec, layer, sight, cache, at)
+    attn_BTD = first(normed_BTD)
     if w.ln1_post is not None:
         attn_BTD = normalize(attn_BTD, w.ln1_post, spec)
     if spec.residual_scale != 1.0:
@@ -74,7 +90,7 @@ def block(
     if not spec.shared_norm:
         mlp_in_BTD = x_BTD if spec.parallel else mid_BTD
         normed_BTD = mlp_in_BTD if w.ln2 is None else norm(mlp_in_BTD, w.ln2, spec, at, "ln2")
-    mlp_BTD = mlp(normed_BTD, w, spec, at)
+    mlp_BTD = second(normed_BTD)
     if w.ln2_post is not None:
         mlp_BTD = normalize(mlp_BTD, w.ln2_post, spec)
     if spec.residual_scale != 1.0:

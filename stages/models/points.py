@@ -24,6 +24,11 @@ _QUERIES = (*_TOKENS, "head", "d_head")
 _KEYS = (*_TOKENS, "kv_head", "d_head")
 _EDGES = ("sequence", "head", "query", "key")
 _HIDDEN = (*_TOKENS, "d_mlp")
+_STATES = ("sequence", "state_position", "head", "d_key", "d_value")
+
+STATE = "rwkv.hook_state"
+"""The one kind of point that is a whole matrix a head and token: it is captured and changed at chosen positions."""
+EFFECTIVE_ATTN = "rwkv.hook_effective_attn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,11 @@ class _Kind:
 
 # Rows stand in the order of firing.
 _BEFORE: dict[str, _Kind] = {
-    "hook_embed": _Kind(_STREAM, "token embeddings, after the embedding multiplier of models that have one"),
+    "embed.ln.hook_scale": _Kind(_TOKENS, "as `ln1.hook_scale`, of a norm on the token embeddings"),
+    "embed.ln.hook_normalized": _Kind(_STREAM, "as `ln1.hook_normalized`, of a norm on the token embeddings"),
+    "hook_embed": _Kind(
+        _STREAM, "token embeddings, after the embedding multiplier, or the norm on them, of models that have one"
+    ),
     "hook_pos_embed": _Kind(_STREAM, "learned position embeddings, which are added to them"),
 }
 _BLOCK: dict[str, _Kind] = {
@@ -60,16 +69,42 @@ _BLOCK: dict[str, _Kind] = {
     "attn.hook_z": _Kind(_QUERIES, "weighted sum of the values"),
     "attn.hook_result": _Kind((*_TOKENS, "head", "d_model"), "each head's contribution; computed only when asked for"),
     "attn.hook_out": _Kind(_STREAM, "the attention module's raw output"),
-    "hook_attn_out": _Kind(_STREAM, "what attention adds to the residual stream: after a norm or a multiplier on it"),
+    "rwkv.hook_in": _Kind(_STREAM, "what enters time mixing, before the token shift"),
+    "rwkv.hook_r": _Kind(_QUERIES, "receptances"),
+    "rwkv.hook_decay": _Kind(
+        _QUERIES,
+        "the factor, between 0 and 1, by which every key channel of the state is multiplied at this token, in float32",
+    ),
+    "rwkv.hook_a": _Kind(_QUERIES, "in-context learning rates, between 0 and 1"),
+    "rwkv.hook_kk": _Kind(_QUERIES, "removal keys κ, of length 1 a head: what is taken out of the state"),
+    "rwkv.hook_k": _Kind(_QUERIES, "keys as they are written to the state (RWKV-7: after the learning rate)"),
+    "rwkv.hook_v": _Kind(_QUERIES, "values as they are written to the state (RWKV-7: after the value residual)"),
+    "rwkv.hook_g": _Kind(_QUERIES, "gate, as it multiplies what was read"),
+    EFFECTIVE_ATTN: _Kind(
+        _EDGES, "how much of each value is read at each token, signed, rows adding up to anything; only when asked for"
+    ),
+    STATE: _Kind(
+        _STATES,
+        "the state that a token hands on to the next, in float32; by default that of each sequence's last token",
+    ),
+    "rwkv.hook_wkv": _Kind(_QUERIES, "what is read from the state, before the group norm (RWKV-6: with the bonus)"),
+    "rwkv.hook_z": _Kind(_QUERIES, "what enters the output projection: normalised, gated (RWKV-7: with the bonus)"),
+    "rwkv.hook_out": _Kind(_STREAM, "time mixing's raw output"),
+    "hook_attn_out": _Kind(
+        _STREAM, "what attention, or time mixing, adds to the residual stream: after a norm or a multiplier on it"
+    ),
     "hook_resid_mid": _Kind(_STREAM, "residual stream between attention and MLP"),
     "ln2.hook_scale": _Kind(_TOKENS, "as `ln1.hook_scale`, of the norm before the MLP"),
     "ln2.hook_normalized": _Kind(_STREAM, "as `ln1.hook_normalized`, of the norm before the MLP"),
-    "mlp.hook_in": _Kind(_STREAM, "what enters the MLP"),
+    "mlp.hook_in": _Kind(_STREAM, "what enters the MLP (RWKV: channel mixing, before the token shift)"),
     "mlp.hook_pre": _Kind(_HIDDEN, "what enters the activation function (of a gated MLP: the gate)"),
     "mlp.hook_pre_linear": _Kind(_HIDDEN, "the other factor of a gated MLP"),
     "mlp.hook_post": _Kind(_HIDDEN, "what enters the down projection"),
+    "mlp.hook_receptance": _Kind(_STREAM, "receptance of RWKV-6's channel mixing, between 0 and 1"),
     "mlp.hook_out": _Kind(_STREAM, "the MLP's raw output"),
-    "hook_mlp_out": _Kind(_STREAM, "what the MLP adds to the residual stream: after a norm or a multiplier on it"),
+    "hook_mlp_out": _Kind(
+        _STREAM, "what the MLP adds to the residual stream: after a norm, a multiplier or the receptance on it"
+    ),
     "hook_resid_post": _Kind(_STREAM, "residual stream that leaves the block"),
 }
 _AFTER: dict[str, _Kind] = {
@@ -79,8 +114,8 @@ _AFTER: dict[str, _Kind] = {
     "hook_logits": _Kind((*_TOKENS, "vocab"), "logits, after multiplier and soft-cap"),
 }
 
-# Nothing else needs it, and it is as many times larger than the stream as there are heads: a `*` does not stand for it.
-_ONLY_BY_NAME = frozenset({"attn.hook_result"})
+# Nothing else needs them, and they are many times larger than the stream: a `*` does not stand for them.
+_ONLY_BY_NAME = frozenset({"attn.hook_result", EFFECTIVE_ATTN})
 
 BEFORE: tuple[str, ...] = tuple(_BEFORE)
 """Kinds that fire once, before the first block."""
@@ -168,30 +203,36 @@ class HookPoint:
 
         Raises HookError with the nearest known name; whether a given model has the point is asked by `expand`.
         """
-        if found := _BLOCK_NAME.fullmatch(text):
-            layer, kind = int(found[1]), _BLOCK_ALIASES.get(found[2], found[2])
-            if kind in _BLOCK:
-                return cls(kind, layer)
-            why = _NOT_THE_SAME.get(kind)
-            hint = f" Note that {why}." if why else nearest(text, (f"blocks.{layer}.{known}" for known in _BLOCK))
-            raise HookError(f"no hook point is called {text!r}.{hint}")
-        kind = _GLOBAL_ALIASES.get(text, text)
-        if kind in _KINDS and kind not in _BLOCK:
-            return cls(kind)
+        return _parse(text, tuple(_KINDS))
+
+
+def _parse(text: str, kinds: Iterable[str]) -> HookPoint:
+    """Read the name of a point; of what is no name, the nearest of these kinds is told."""
+    if found := _BLOCK_NAME.fullmatch(text):
+        layer, kind = int(found[1]), _BLOCK_ALIASES.get(found[2], found[2])
         if kind in _BLOCK:
-            raise HookError(f"{text!r} lies in a block and needs its layer: 'blocks.0.{kind}', or 'blocks.*.{kind}'")
-        examples = (*_BEFORE, *_AFTER, *(f"blocks.0.{known}" for known in _BLOCK))
-        raise HookError(f"no hook point is called {text!r}.{nearest(text, examples)}")
+            return HookPoint(kind, layer)
+        why = _NOT_THE_SAME.get(kind)
+        near = nearest(text, (f"blocks.{layer}.{known}" for known in kinds if known in _BLOCK))
+        hint = f" Note that {why}." if why else near
+        raise HookError(f"no hook point is called {text!r}.{hint}")
+    kind = _GLOBAL_ALIASES.get(text, text)
+    if kind in _KINDS and kind not in _BLOCK:
+        return HookPoint(kind)
+    if kind in _BLOCK:
+        raise HookError(f"{text!r} lies in a block and needs its layer: 'blocks.0.{kind}', or 'blocks.*.{kind}'")
+    examples = (f"blocks.0.{known}" if known in _BLOCK else known for known in kinds)
+    raise HookError(f"no hook point is called {text!r}.{nearest(text, examples)}")
 
 
 def expand(patterns: Iterable[str | HookPoint], available: Sequence[HookPoint]) -> tuple[HookPoint, ...]:
     """Give the points of `available` that the patterns name, in firing order, each once.
 
     A pattern is a HookPoint, a name, or a name with `{a,b}` (either), `[3-5]` or `[0,4,8-11]` (whole numbers, ends
-    included) and `*` (any run of characters, dots included; it stands for `attn.hook_result` only in a pattern that
-    spells `hook_result`, a point that in TransformerLens, too, is off unless it is asked for). Braces and brackets
-    enumerate: every alternative they stand for must name a point, so that `blocks.[28-31]…` on a model of 30 layers is
-    an error and not two layers.
+    included) and `*` (any run of characters, dots included; it stands for `attn.hook_result`, which in TransformerLens,
+    too, is off unless it is asked for, and for `rwkv.hook_effective_attn` only in a pattern that spells `hook_result`
+    or `hook_effective_attn`). Braces and brackets enumerate: every alternative they stand for must name a point, so
+    that `blocks.[28-31]…` on a model of 30 layers is an error and not two layers.
 
     Raises HookError for any alternative that matches nothing, naming the legal layers, the points the model has, or
     the nearest name.
@@ -206,10 +247,12 @@ def expand(patterns: Iterable[str | HookPoint], available: Sequence[HookPoint]) 
 
 def _matches(text: str, names: Mapping[str, HookPoint]) -> list[HookPoint]:
     if "*" not in text:
-        point = names.get(text) or names.get(str(HookPoint.parse(text)))
-        if point is None:
-            raise _absent(HookPoint.parse(text), names)
-        return [point]
+        if text in names:
+            return [names[text]]
+        meant = _parse(text, dict.fromkeys(point.kind for point in names.values()))
+        if str(meant) not in names:
+            raise _absent(meant, names)
+        return [names[str(meant)]]
     shape = re.compile(".*".join(re.escape(piece) for piece in text.split("*")))
     spelt = {kind for kind in _ONLY_BY_NAME if kind.rpartition(".")[2] in text}
     skipped = _ONLY_BY_NAME - spelt

@@ -9,6 +9,7 @@ from .errors import ModelError, nearest
 from .families.report import CompatibilityReport
 from .folder import check_folder, open_folder
 from .gguf import open_gguf
+from .pth import open_pth
 
 PACKAGE_PREFIX = "package:"
 
@@ -28,7 +29,9 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         return open_folder(path, str(source), commit)
     if path.suffix == ".gguf":
         return open_gguf(path, str(source))
-    raise ModelError(f"{path} is neither a .gguf file nor a folder with config.json and safetensors")
+    if path.suffix == ".pth":
+        return open_pth(path, str(source))
+    raise ModelError(f"{path} is neither a .gguf or .pth file nor a folder with config.json and safetensors")
 
 
 def check_compatibility(source: str | Path, revision: str | None = None) -> CompatibilityReport:

@@ -47,11 +47,39 @@ class RopeSpec:
     attention_factor: float = 1.0
 
 
+MIXED: Mapping[int, tuple[str, ...]] = {6: ("r", "w", "k", "v", "g"), 7: ("r", "w", "k", "v", "a", "g")}
+"""What RWKV's time mixing makes of each token and the one before it, by version: w is the decay, a the rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RwkvSpec:
+    """What a model of RWKV has in the place of attention: time mixing of `version` 6 (Finch; Peng et al. 2024,
+    arXiv:2404.05892) or 7 (Goose; Peng et al. 2025, arXiv:2503.14456).
+
+    `group_norm_eps` is that of the norm over each head's output. Ranks are those of the products of two matrices that
+    make the decay and, in version 6, the token shift (`mix_rank`), in version 7 the learning rate (`rate_rank`), the
+    value residual (`value_rank`) and the gate (`gate_rank`); 0 for those that the version does not have.
+    """
+
+    version: int
+    group_norm_eps: float
+    decay_rank: int
+    mix_rank: int = 0
+    rate_rank: int = 0
+    value_rank: int = 0
+    gate_rank: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """The architecture of one decoder-only transformer. Counts are plain integers; nothing is derived on construction.
+    """The architecture of one decoder-only model. Counts are plain integers; nothing is derived on construction.
 
-    Sizes: `d_vocab` is the number of rows of the embedding, `n_ctx` the longest sequence the model was made for.
+    Sizes: `d_vocab` is the number of rows of the embedding, `n_ctx` the longest sequence the model was made for, None
+    for a recurrent model, whose sequences may be of any length.
+
+    Blocks: attention and MLP, or, where there is `rwkv`, time mixing and channel mixing: then `n_heads` heads of
+    `d_head` channels each have a state, there is a norm on the embedding, and of what follows only the norms and the
+    multiplier and soft-cap of the logits apply.
 
     Positions: `rope`, or None where there is no rotation; `learned_positions` adds a row of `pos_embed` to the
     embedding. Layers that `sliding` marks see only the last `window` positions, themselves included, and turn by
@@ -80,7 +108,7 @@ class ModelSpec:
     d_head: int
     d_mlp: int
     d_vocab: int
-    n_ctx: int
+    n_ctx: int | None
     norm_eps: float
     rope: RopeSpec | None
     learned_positions: bool = False
@@ -112,11 +140,14 @@ class ModelSpec:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    rwkv: RwkvSpec | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """Sizes of the dimensions that do not depend on the tokens."""
+        recurrent = {} if self.rwkv is None else {"d_key": self.d_head, "d_value": self.d_head}
         return {
+            **recurrent,
             "layer": self.n_layers,
             "d_model": self.d_model,
             "head": self.n_heads,
@@ -159,8 +190,16 @@ def _absent(spec: ModelSpec) -> set[str]:
         "ln2.hook_scale": not spec.pre_norms or spec.shared_norm,
         "ln2.hook_normalized": not spec.pre_norms or spec.shared_norm,
         "mlp.hook_pre_linear": not spec.gated,
+        "embed.ln.hook_scale": spec.rwkv is None,
+        "embed.ln.hook_normalized": spec.rwkv is None,
+        "rwkv.hook_a": spec.rwkv is not None and spec.rwkv.version == 6,
+        "rwkv.hook_kk": spec.rwkv is not None and spec.rwkv.version == 6,
+        "mlp.hook_receptance": spec.rwkv is None or spec.rwkv.version == 7,
     }
-    return {kind for kind, is_lacking in lacks.items() if is_lacking}
+    elsewhere = "rwkv." if spec.rwkv is None else "attn."
+    return {kind for kind, is_lacking in lacks.items() if is_lacking} | {
+        kind for kind in points.BLOCK if kind.startswith(elsewhere)
+    }
 
 
 @functools.lru_cache(maxsize=16)
@@ -176,10 +215,13 @@ def _points(spec: ModelSpec) -> tuple[HookPoint, ...]:
 @functools.lru_cache(maxsize=16)
 def _weight_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.d_vocab, spec.d_model)}
-    if spec.learned_positions:
+    if spec.learned_positions and spec.n_ctx is not None:
         shapes["pos_embed.weight"] = (spec.n_ctx, spec.d_model)
+    if spec.rwkv is not None:
+        shapes |= _norm_shapes(spec, {"embed.ln": spec.d_model})
     for layer in range(spec.n_layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(spec).items()}
+        block = _block_shapes(spec) if spec.rwkv is None else _rwkv_shapes(spec, spec.rwkv, layer)
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     shapes |= _norm_shapes(spec, {"ln_final": spec.d_model})
     if not spec.tied:
         shapes["unembed.weight"] = (spec.d_vocab, spec.d_model)
@@ -217,6 +259,39 @@ def _block_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = (out, into)
         if biased:
             shapes[f"{name}.bias"] = (out,)
+    return shapes
+
+
+def _rwkv_shapes(spec: ModelSpec, rwkv: RwkvSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a block's weights. D channel, A channels of all heads together: vectors are what their names say, pairs
+    `_down` [rank, D] and `_up` [out, rank] make one of low rank that depends on the token."""
+    wide, heads = spec.d_model, spec.n_heads * spec.d_head
+    low_rank = {"decay": rwkv.decay_rank}
+    if rwkv.version == 7:
+        low_rank |= {"rate": rwkv.rate_rank, "gate": rwkv.gate_rank} | ({"value": rwkv.value_rank} if layer else {})
+    shapes = _norm_shapes(spec, {"ln1": wide, "ln2": wide})
+    shapes |= {f"rwkv.{name}.weight": (heads, wide) for name in ("r", "k", "v", "g")[: 4 if rwkv.version == 6 else 3]}
+    shapes |= {f"rwkv.{name}": (heads,) for name in low_rank if name != "gate"}
+    for name, rank in low_rank.items():
+        shapes |= {f"rwkv.{name}_down": (rank, wide), f"rwkv.{name}_up": (heads, rank)}
+    shapes |= {f"rwkv.mix_{name}": (wide,) for name in MIXED[rwkv.version]}
+    if rwkv.version == 6:
+        shapes["rwkv.mix_x"] = (wide,)
+        for name in MIXED[6]:
+            shapes |= {f"rwkv.mix_{name}_down": (rwkv.mix_rank, wide), f"rwkv.mix_{name}_up": (wide, rwkv.mix_rank)}
+    else:
+        shapes |= {"rwkv.removal": (heads,), "rwkv.rate_on_k": (heads,)}
+    shapes |= {
+        "rwkv.bonus": (spec.n_heads, spec.d_head),
+        "rwkv.norm.weight": (heads,),
+        "rwkv.norm.bias": (heads,),
+        "rwkv.out.weight": (wide, heads),
+        "mlp.mix_k": (wide,),
+        "mlp.up.weight": (spec.d_mlp, wide),
+        "mlp.down.weight": (wide, spec.d_mlp),
+    }
+    if rwkv.version == 6:
+        shapes |= {"mlp.mix_r": (wide,), "mlp.receptance.weight": (wide, wide)}
     return shapes
 
 

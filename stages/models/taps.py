@@ -1,23 +1,19 @@
 """Reading and changing a forward pass at its hook points: what is asked for, and what runs when a point fires.
 
-A `HookSpec` says what is wanted, a `Taps` is that checked against one model for one forward. The forward looks a point
-up only in blocks that have taps, so that points nobody asked for cost no call.
+A `HookSpec` says what is wanted, a `Taps` is that checked against one model for one forward (`resolve`). The forward
+looks a point up only in blocks that have taps, so that points nobody asked for cost no call.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .addressing import Site
-from .batch import Batch
 from .errors import HookError
 from .interventions import Intervention, NamedIntervention
-from .points import HookPoint, expand
-from .spec import ModelSpec
+from .points import HookPoint
 
 Sink: TypeAlias = Callable[[HookPoint, Tensor], None]
 """Takes captures as they happen, in firing order. The forward never writes to a tensor that it has handed out; it may
@@ -25,13 +21,18 @@ read it again, so a sink must not write to it either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Capture:
+class CaptureRequest:
+    """Points to capture, before or after what is done there; of recurrent states those after `positions`."""
+
     patterns: tuple[str | HookPoint, ...]
     before: bool
+    positions: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Change:
+class ChangeRequest:
+    """What is to be done at the points of a pattern."""
+
     pattern: str | HookPoint
     function: Intervention | NamedIntervention
 
@@ -44,13 +45,21 @@ class HookSpec:
     does before its first matrix multiply.
     """
 
-    captures: tuple[_Capture, ...] = ()
-    changes: tuple[_Change, ...] = ()
+    captures: tuple[CaptureRequest, ...] = ()
+    changes: tuple[ChangeRequest, ...] = ()
 
-    def capture(self, *patterns: str | HookPoint, before: bool = False) -> "HookSpec":
+    def capture(
+        self, *patterns: str | HookPoint, before: bool = False, positions: Sequence[int] | None = None
+    ) -> "HookSpec":
         """Add points to capture. Captured is the value that flows on, after any intervention there; with `before`, the
-        value that arrived."""
-        return replace(self, captures=(*self.captures, _Capture(patterns=patterns, before=before)))
+        value that arrived.
+
+        `positions` says after which tokens recurrent states, `rwkv.hook_state`, are captured (negative numbers count
+        from the end of each sequence); None: after the last one. One forward captures states at one list of positions.
+        """
+        chosen = None if positions is None else tuple(positions)
+        added = CaptureRequest(patterns=patterns, before=before, positions=chosen)
+        return replace(self, captures=(*self.captures, added))
 
     def intervene(self, pattern: str | HookPoint, function: Intervention | NamedIntervention) -> "HookSpec":
         """Add what is done at every point the pattern names. Several at one point act in the order in which they were
@@ -60,7 +69,7 @@ class HookSpec:
         function that is called with the value and the point and whose result flows on: it must have the shape, dtype
         and device of what was given; the forward raises HookError otherwise.
         """
-        return replace(self, changes=(*self.changes, _Change(pattern=pattern, function=function)))
+        return replace(self, changes=(*self.changes, ChangeRequest(pattern=pattern, function=function)))
 
     def extend(self, other: "HookSpec") -> "HookSpec":
         """Add all that another asks for, its interventions after these."""
@@ -74,12 +83,21 @@ class Finished(Exception):
     """Raised by the tap after which nothing that a forward was asked for remains to be computed; caught in `Model`."""
 
 
+@dataclass(slots=True)
+class Request:
+    """What is asked of one point: to record the value that arrives or flows on, and to change it."""
+
+    before: bool = False
+    after: bool = False
+    functions: tuple[Intervention, ...] = ()
+
+
 class Tap:
     """What happens at one point of one forward. Called with the value that arrives, gives the value that flows on."""
 
     __slots__ = ("_last", "_point", "_record", "_record_after", "_record_before", "functions")
 
-    def __init__(self, point: HookPoint, request: "_Request", record: Sink, last: bool) -> None:
+    def __init__(self, point: HookPoint, request: "Request", record: Sink, last: bool) -> None:
         self._point = point
         self._record = record
         self._record_before, self._record_after = request.before, request.after
@@ -90,12 +108,15 @@ class Tap:
         if self._record_before:
             value = self._hand_out(value)
         for function in self.functions:
-            value = self._checked(function(_copy(value), self._point), value)
+            value = self._checked(function(copy_of(value), self._point), value)
         if self._record_after:
             value = self._hand_out(value)
+        self._end()
+        return value
+
+    def _end(self) -> None:
         if self._last:
             raise Finished
-        return value
 
     def _hand_out(self, value: Tensor) -> Tensor:
         """Record a value and give what flows on: the very tensor recorded where gradients are kept, for a loss can be
@@ -111,7 +132,7 @@ class Tap:
 
     def unrecorded(self) -> "Tap":
         """The same interventions with nothing captured."""
-        return Tap(self._point, _Request(functions=self.functions), self._record, last=False)
+        return Tap(self._point, Request(functions=self.functions), self._record, last=False)
 
     def _checked(self, result: object, given: Tensor) -> Tensor:
         if not isinstance(result, Tensor):
@@ -130,7 +151,7 @@ class Tap:
         return result
 
 
-def _copy(value: Tensor) -> Tensor:
+def copy_of(value: Tensor) -> Tensor:
     """Copy with the strides kept, for kernels may round otherwise by layout and an identity must change no bit."""
     if value.is_contiguous() or 0 in value.stride():
         return value.clone()
@@ -152,77 +173,6 @@ class Taps:
         """The same interventions with nothing captured and no early end, for a pass that is run again."""
         quiet = tuple({kind: tap.unrecorded() for kind, tap in at.items()} for at in self.blocks)
         return replace(self, blocks=quiet)
-
-
-@dataclass(slots=True)
-class _Request:
-    before: bool = False
-    after: bool = False
-    functions: tuple[Intervention, ...] = ()
-
-
-_NO_TAPS: Mapping[str, Tap] = {}
-
-
-def resolve(hooks: HookSpec, spec: ModelSpec, batch: Batch, record: Sink, *, logits: bool) -> Taps:
-    """Check a `HookSpec` against a model and a batch, and make the taps of one forward, which give their captures to
-    `record`.
-
-    Raises HookError for a pattern that names no point of this model, for a point to be captured both before and after
-    its interventions, for an intervention that cannot act at its point on these sequences, and where neither logits
-    nor any hook is asked for.
-    """
-    requests = _requests(hooks, spec, batch)
-    if not requests and not logits:
-        raise HookError("nothing is asked of this forward: no logits, no capture and no intervention")
-    last = None if logits else max(requests)
-    blocks: dict[int, dict[str, Tap]] = {}
-    top: dict[str, Tap] = {}
-    for point, request in requests.items():
-        place = top if point.layer is None else blocks.setdefault(point.layer, {})
-        place[point.kind] = Tap(point, request, record, last=point == last)
-    return Taps(blocks=tuple(blocks.get(layer, _NO_TAPS) for layer in range(spec.n_layers)), top=top, last=last)
-
-
-def _requests(hooks: HookSpec, spec: ModelSpec, batch: Batch) -> dict[HookPoint, _Request]:
-    requests: dict[HookPoint, _Request] = {}
-    for capture in hooks.captures:
-        for point in _expand(capture.patterns, spec):
-            request = requests.setdefault(point, _Request())
-            request.before |= capture.before
-            request.after |= not capture.before
-            if request.before and request.after:
-                raise HookError(
-                    f"{point} is captured with before=True and without it; one forward keeps one of the two"
-                )
-    for change in hooks.changes:
-        for point in _expand((change.pattern,), spec):
-            request = requests.setdefault(point, _Request())
-            request.functions += (_bound(change.function, point, spec, batch),)
-    return requests
-
-
-def _bound(function: Intervention | NamedIntervention, point: HookPoint, spec: ModelSpec, batch: Batch) -> Intervention:
-    if isinstance(function, NamedIntervention):
-        try:
-            return function.bind(Site.of(point, spec, batch.lengths))
-        except HookError as error:
-            raise HookError(f"{type(function).__name__} at {point}: {error}") from error
-    if isinstance(function, type):
-        raise HookError(
-            f"the intervention at {point} is the class {function.__name__}: make one, {function.__name__}(…)"
-        )
-    if not callable(function):
-        raise HookError(
-            f"the intervention at {point} is a {type(function).__name__}: a function of the value and the point is "
-            f"expected, or one of Replace, Add, Scale, Zero, Apply, Knockout and SteerAttention"
-        )
-    return function
-
-
-@functools.lru_cache(maxsize=256)
-def _expand(patterns: tuple[str | HookPoint, ...], spec: ModelSpec) -> tuple[HookPoint, ...]:
-    return expand(patterns, spec.points())
 
 
 At: TypeAlias = Mapping[str, Tap]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .devices import resolve_device, resolve_dtype
 from .norms import normalize
+from .reader import Norm, Reader
 from .source import open_checkpoint
 from .spec import ModelSpec
-from .weights import Norm, Reader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,22 +4,14 @@ Projections that read the same input are fused into one matrix. Each is filled s
 that beside the model only one tensor of it is ever held.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Norm:
-    """Weight and bias of a norm, [D] or None. The weight includes `spec.norm_offset`; both are in float32 where
-    `spec.norm_float32`."""
-
-    weight: Tensor | None
-    bias: Tensor | None
+from .reader import Norm, Reader
+from .rwkv.weights import RwkvBlockWeights, read_rwkv_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,66 +41,33 @@ class BlockWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Weights:
-    """All weights of a model: `embed` [vocab, D], `pos_embed` [position, D] or None, its blocks, the final norm, and
-    `unembed` [vocab, D], which is `embed` itself where they are tied, with its bias [vocab] or None."""
+    """All weights of a model: `embed` [vocab, D], the norm on it or None, `pos_embed` [position, D] or None, its blocks
+    (`blocks` of a transformer, `rwkv_blocks` of RWKV; the other is empty), the final norm, and `unembed` [vocab, D],
+    which is `embed` itself where they are tied, with its bias [vocab] or None."""
 
     embed: Tensor
+    embed_ln: Norm | None
     pos_embed: Tensor | None
     blocks: tuple[BlockWeights, ...]
+    rwkv_blocks: tuple[RwkvBlockWeights, ...]
     ln_final: Norm
     unembed: Tensor
     unembed_bias: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Reads the weights of a checkpoint onto a device in a dtype. `within` is put before every name."""
-
-    checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    within: str = ""
-
-    def has(self, name: str) -> bool:
-        """Whether the model has a weight of this name."""
-        return self.within + name in self.checkpoint.spec.weight_shapes()
-
-    def read(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Give weights laid one below the other, as one new tensor."""
-        return _read(self.checkpoint, [self.within + name for name in names], self.device, dtype or self.dtype)
-
-    def read_if(self, *names: str) -> Tensor | None:
-        """The same, or None where the model does not have them."""
-        return self.read(*names) if self.has(names[0]) else None
-
-    def norm(self, name: str) -> Norm:
-        """Give weight and bias of a norm, either of which it may not have."""
-        spec = self.checkpoint.spec
-        as_ = torch.float32 if spec.norm_float32 else self.dtype
-        weight, bias = (
-            self.read(f"{name}.{part}", dtype=as_) if self.has(f"{name}.{part}") else None
-            for part in ("weight", "bias")
-        )
-        return Norm(weight if weight is None or not spec.norm_offset else weight.add_(spec.norm_offset), bias)
-
-    def norm_if(self, present: bool, name: str) -> Norm | None:
-        """The same, or None where there is no such norm."""
-        return self.norm(name) if present else None
-
-
 def read_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Weights:
     """Read all weights of a checkpoint onto a device in one dtype."""
-    reader = Reader(checkpoint, device, dtype)
+    reader, spec = Reader(checkpoint, device, dtype), checkpoint.spec
     embed = reader.read("embed.weight")
+    within = [Reader(checkpoint, device, dtype, f"blocks.{layer}.") for layer in range(spec.n_layers)]
     return Weights(
         embed=embed,
+        embed_ln=reader.norm_if(spec.rwkv is not None, "embed.ln"),
         pos_embed=reader.read_if("pos_embed.weight"),
-        blocks=tuple(
-            _read_block(Reader(checkpoint, device, dtype, f"blocks.{layer}."))
-            for layer in range(checkpoint.spec.n_layers)
-        ),
+        blocks=() if spec.rwkv else tuple(map(_read_block, within)),
+        rwkv_blocks=tuple(map(read_rwkv_block, within)) if spec.rwkv else (),
         ln_final=reader.norm("ln_final"),
-        unembed=embed if checkpoint.spec.tied else reader.read("unembed.weight"),
+        unembed=embed if spec.tied else reader.read("unembed.weight"),
         unembed_bias=reader.read_if("unembed.bias"),
     )
 
@@ -133,12 +92,3 @@ def _read_block(reader: Reader) -> BlockWeights:
         down_bias=reader.read_if("mlp.down.bias"),
         ln2_post=reader.norm_if(spec.post_norms, "ln2_post"),
     )
-
-
-def _read(checkpoint: Checkpoint, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-    shapes = [checkpoint.spec.weight_shapes()[name] for name in names]
-    rows = [shape[0] for shape in shapes]
-    fused = torch.empty((sum(rows), *shapes[0][1:]), device=device, dtype=dtype)
-    for part, name in zip(torch.split(fused, rows), names, strict=True):
-        part.copy_(checkpoint.read(name))
-    return fused

@@ -44,9 +44,11 @@ def test_points_sort_in_firing_order() -> None:
     assert HookPoint("hook_resid_post", 9) < HookPoint("hook_resid_pre", 10) < HookPoint("hook_final_norm")
 
 
-def test_a_llama_has_every_point_of_the_vocabulary_but_learned_positions() -> None:
-    assert {point.kind for point in POINTS} == {*BEFORE, *BLOCK, *AFTER} - {"hook_pos_embed"}
-    assert len(POINTS) == len(set(POINTS)) == 1 + 30 * len(BLOCK) + len(AFTER)
+def test_a_llama_has_every_point_but_learned_positions_and_those_of_recurrent_models() -> None:
+    recurrent = {kind for kind in BLOCK if kind.startswith("rwkv.")} | {"mlp.hook_receptance"}
+    assert {point.kind for point in POINTS} == {"hook_embed", *BLOCK, *AFTER} - recurrent
+    assert len(POINTS) == len(set(POINTS)) == 1 + 30 * (len(BLOCK) - len(recurrent)) + len(AFTER)
+    assert {"hook_embed", "hook_pos_embed"} < {*BEFORE}
 
 
 def test_sizes_cover_every_dimension_that_tokens_do_not_decide() -> None:
@@ -103,7 +105,9 @@ def test_patterns() -> None:
         "blocks.12.attn.hook_q",
         "blocks.12.attn.hook_k",
     ]
-    assert names("blocks.7.*") == [f"blocks.7.{kind}" for kind in BLOCK if kind != "attn.hook_result"]
+    assert names("blocks.7.*") == [
+        str(point) for point in POINTS if point.layer == 7 and point.kind != "attn.hook_result"
+    ]
     assert names("*") == [str(point) for point in POINTS if point.kind != "attn.hook_result"]
 
 
