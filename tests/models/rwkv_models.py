@@ -29,7 +29,7 @@ SIZES: Mapping[str, int] = {
 
 
 def random_tensors(version: int, *, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as RWKV's authors name and lay them out, all of which matter; `sizes` replace SIZES."""
+    """The tensors of a checkpoint as RWKV's authors name and lay them out; `sizes` replace those of SIZES."""
     given = {**SIZES, **sizes}
     wide, mlp, heads = given["d_model"], given["d_mlp"], given["n_heads"] * given["d_head"]
     generator = torch.Generator().manual_seed(seed)
@@ -94,6 +94,9 @@ def write_pth(path: Path, version: int, *, seed: int = 0, **sizes: int) -> Path:
     return path
 
 
+_SETTINGS = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+
+
 @functools.cache
 def _package(version: int) -> ModuleType:
     """The package's one module, which decides when it is imported which version it runs."""
@@ -105,7 +108,7 @@ def _package(version: int) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    settings = {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    settings = _SETTINGS | {"RWKV_V7_ON": str(int(version == 7))}
     with mock.patch.dict(os.environ, settings), contextlib.redirect_stdout(io.StringIO()):
         spec.loader.exec_module(module)
     return module
@@ -116,7 +119,7 @@ class Theirs:
 
     def __init__(self, path: Path, version: int) -> None:
         self.version = version
-        with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ, {"RWKV_JIT_ON": "0"}):
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ, _SETTINGS):
             name = str(path.with_suffix("")) if version == 7 else str(path)
             self._model = _package(version).RWKV(name, "cpu fp32")
 
