@@ -67,7 +67,7 @@ def step_by_step(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _LEAST_LOG_DECAY = -20.0  # a factor of 2e-9, which float32 does not tell from 0 beside what was written since
-_MILD = 40.0  # decay within a chunk that float32 can divide by, half of it either way, and keep its precision
+_MILD = -20.0  # what the decays of a chunk may add up to for float32 to divide by them and keep its precision
 
 
 def chunked(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,48 +81,29 @@ def chunked(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     """
     n_sequences, n_positions, n_heads, _ = wkv.r.shape
     size = 16 if wkv.removal is None else 32
-    log_decay = wkv.log_decay.clamp_min(_LEAST_LOG_DECAY)
-    mild = float(log_decay.detach().amin()) * size >= -_MILD
-    if not mild and log_decay.device.type == "mps":  # which has no float64
+    least = float(wkv.log_decay.detach().amin())
+    mild = least * size >= _MILD
+    if not mild and wkv.log_decay.device.type == "mps":  # which has no float64
         return step_by_step(wkv, state_BHKV)
-    decays = _Decays.of(_in_chunks(log_decay, size, torch.float32 if mild else torch.float64))
+    wide = torch.float32 if mild else torch.float64
+    log_decay = wkv.log_decay if least >= _LEAST_LOG_DECAY else wkv.log_decay.clamp_min(_LEAST_LOG_DECAY)
     run = _read_then_write if wkv.removal is None else _remove_write_read
-    y_nxCV, state_xKV = run(wkv, size, decays, state_BHKV.float().flatten(0, 1))
+    y_nxCV, state_xKV = run(wkv, _in_chunks(log_decay, size, wide), state_BHKV.float().flatten(0, 1))
     y_nBHCV = y_nxCV.unflatten(1, (n_sequences, n_heads))
     return y_nBHCV.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n_positions], state_xKV.view(state_BHKV.shape)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Decays:
-    """Factors [n, x, C, K] for a chunk, with a reference R near the middle of what its decays multiply to, P.
-
-    `to_reference` is R / P_t, for what is written at t; `from_before` P_{t−1} / R and `from_here` P_t / R, for what
-    reads; `to_end` P_C / R and `from_start` R, [n, x, 1, K].
-    """
-
-    to_reference: Tensor
-    from_before: Tensor
-    from_here: Tensor
-    to_end: Tensor
-    from_start: Tensor
-
-    @classmethod
-    def of(cls, log_decay_nxCK: Tensor) -> "_Decays":
-        after = log_decay_nxCK.cumsum(-2)
-        whole = after[..., -1:, :]
-        middle = whole / 2
-        here = after - middle
-        return cls((-here).exp(), (here - log_decay_nxCK).exp(), here.exp(), middle.exp(), middle.exp())
-
-
-def _read_then_write(wkv: Wkv, size: int, decays: _Decays, state_xKV: Tensor) -> tuple[Tensor, Tensor]:
+def _read_then_write(wkv: Wkv, log_decay_nxCK: Tensor, state_xKV: Tensor) -> tuple[Tensor, Tensor]:
     """Version 6: y [n, x, C, V] and the last state."""
-    wide = decays.to_end.dtype
-    r, k, v = _in_chunks(wkv.r, size, wide), _in_chunks(wkv.k, size, wide), _in_chunks(wkv.v, size, torch.float32)
-    reads, writes = r * decays.from_before, k * decays.to_reference
+    size, wide = log_decay_nxCK.shape[-2], log_decay_nxCK.dtype
+    after = log_decay_nxCK.cumsum(-2)  # log P_t
+    before = F.pad(after[..., :-1, :], (0, 0, 1, 0))  # log P_{t−1}
+    whole = after[..., -1:, :].exp()
+    reads = before.exp() * _in_chunks(wkv.r, size, wide)
+    writes = (-after).exp() * _in_chunks(wkv.k, size, wide)
+    v = _in_chunks(wkv.v, size, torch.float32)
     y = (reads @ writes.mT).float().tril(-1) @ v
-    reads_start, writes_to_end = (reads * decays.from_start).float(), (writes * decays.to_end).float().mT
-    kept = (decays.from_start * decays.to_end).float().mT
+    reads_start, writes_to_end, kept = reads.float(), (writes * whole).float().mT, whole.float().mT
     found: list[Tensor] = []
     for n in range(len(y)):
         found.append(torch.baddbmm(y[n], reads_start[n], state_xKV))
@@ -130,26 +111,27 @@ def _read_then_write(wkv: Wkv, size: int, decays: _Decays, state_xKV: Tensor) ->
     return torch.stack(found), state_xKV
 
 
-def _remove_write_read(wkv: Wkv, size: int, decays: _Decays, state_xKV: Tensor) -> tuple[Tensor, Tensor]:
+def _remove_write_read(wkv: Wkv, log_decay_nxCK: Tensor, state_xKV: Tensor) -> tuple[Tensor, Tensor]:
     """Version 7: y [n, x, C, V] and the last state."""
     assert wkv.removal is not None
     assert wkv.rate is not None
-    wide = decays.to_end.dtype
-    r, k, v = _in_chunks(wkv.r, size, wide), _in_chunks(wkv.k, size, wide), _in_chunks(wkv.v, size, torch.float32)
-    removal, rate = _in_chunks(wkv.removal, size, wide), _in_chunks(wkv.rate, size, wide)
-    reads, writes = r * decays.from_here, k * decays.to_reference
-    sees, takes = removal * decays.from_before, removal * rate * decays.to_reference
-    # What κ sees at t, u_t = κ_tᵀ S_{t−1}, is what it saw of the start and of writes, less what was taken on the way.
-    by_removal = (sees @ takes.mT).float()  # strictly lower, with ones on the diagonal: unitriangular below
-    identity = torch.eye(size, device=v.device).expand_as(by_removal)
-    solution = torch.linalg.solve_triangular(by_removal, identity, upper=False, unitriangular=True)
-    seen_of_start = solution @ (sees * decays.from_start).float()
+    size, wide = log_decay_nxCK.shape[-2], log_decay_nxCK.dtype
+    after = log_decay_nxCK.cumsum(-2)
+    here = after.exp()  # P_t
+    before, here_inverse, whole = F.pad(here[..., :-1, :], (0, 0, 1, 0), value=1), (-after).exp(), here[..., -1:, :]
+    v, removal = _in_chunks(wkv.v, size, torch.float32), _in_chunks(wkv.removal, size, wide)
+    reads, writes = here * _in_chunks(wkv.r, size, wide), here_inverse * _in_chunks(wkv.k, size, wide)
+    sees, takes = before * removal, here_inverse * removal * _in_chunks(wkv.rate, size, wide)
+    # What κ sees at t, u_t = κ_tᵀ S_{t−1}, is what it sees of the start and of writes, less what was taken on the way.
+    identity = torch.eye(size, device=v.device).expand(*v.shape[:2], -1, -1)
+    solution = torch.linalg.solve_triangular((sees @ takes.mT).float(), identity, upper=False, unitriangular=True)
+    seen_of_start = solution @ sees.float()
     seen_of_writes = (solution @ (sees @ writes.mT).float().tril(-1)) @ v
     read_of_removal = (reads @ takes.mT).float().tril()
     y = (reads @ writes.mT).float().tril() @ v - read_of_removal @ seen_of_writes
-    reads_start = (reads * decays.from_start).float() - read_of_removal @ seen_of_start
-    writes_to_end, takes_to_end = ((part * decays.to_end).float().mT for part in (writes, takes))
-    kept = (decays.from_start * decays.to_end).float().mT
+    reads_start = reads.float() - read_of_removal @ seen_of_start
+    writes_to_end, takes_to_end = ((part * whole).float().mT for part in (writes, takes))
+    kept = whole.float().mT
     found: list[Tensor] = []
     for n in range(len(y)):
         found.append(torch.baddbmm(y[n], reads_start[n], state_xKV))
