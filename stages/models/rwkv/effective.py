@@ -13,16 +13,19 @@ from torch import Tensor
 from .wkv import Wkv, recur
 
 
-def attended(wkv: Wkv, bonus_HE: Tensor | None) -> Tensor:
-    """Give α in float32 [B, H, T, T], query before key: 0 above the diagonal, of either sign elsewhere. `bonus_HE` is
-    that of version 6. Takes memory as attention patterns do, and once more as much for every `CHUNK` tokens."""
+def attended(wkv: Wkv, own_BTH: Tensor | None) -> Tensor:
+    """Give α in float32 [B, H, T, T], query before key: 0 above the diagonal, of either sign elsewhere. `own_BTH` is
+    what each token reads of itself besides, in version 6. Takes the memory of attention patterns several times over."""
     n_sequences, n_positions, n_heads, n_channels = wkv.r.shape
     units_TT = torch.eye(n_positions, device=wkv.r.device)
     units_BTHT = units_TT[None, :, None].expand(n_sequences, -1, n_heads, -1)
     nothing = torch.zeros(n_sequences, n_heads, n_channels, n_positions, device=wkv.r.device)
     alpha_BTHT, _ = recur(replace(wkv, v=units_BTHT), nothing)
     alpha_BHTT = alpha_BTHT.transpose(1, 2)
-    if bonus_HE is None:
-        return alpha_BHTT
-    own_BTH = (wkv.r.float() * wkv.k.float() * bonus_HE).sum(-1)
-    return alpha_BHTT + torch.diag_embed(own_BTH.transpose(1, 2))
+    return alpha_BHTT if own_BTH is None else alpha_BHTT + torch.diag_embed(own_BTH.transpose(1, 2))
+
+
+def own_weight(wkv: Wkv, bonus_HE: Tensor) -> Tensor:
+    """Give what each token's value is multiplied by as its bonus, in float32 [B, T, H]."""
+    weight_BTH: Tensor = (wkv.r.float() * wkv.k.float() * bonus_HE).sum(-1)
+    return weight_BTH

@@ -19,7 +19,7 @@ from ..points import EFFECTIVE_ATTN
 from ..spec import ModelSpec
 from ..state_taps import StateTap
 from ..taps import At, changes, flows
-from .effective import attended
+from .effective import attended, own_weight
 from .states import LayerState
 from .weights import ChannelMixWeights, LowRank, TimeMixWeights
 from .wkv import Wkv, recur
@@ -94,8 +94,7 @@ def time_mix(
 
 def _bonus(wkv: Wkv, bonus_HE: Tensor) -> Tensor:
     """What a token reads of its own value, in float32 [B, T, H, E]."""
-    own_BTH1: Tensor = (wkv.r.float() * wkv.k.float() * bonus_HE).sum(-1, keepdim=True)
-    return own_BTH1 * wkv.v.float()
+    return own_weight(wkv, bonus_HE)[..., None] * wkv.v.float()
 
 
 def _recur(wkv: Wkv, bonus_HE: Tensor | None, state_BHKV: Tensor, stretch: Stretch, at: At) -> tuple[Tensor, Tensor]:
@@ -119,23 +118,25 @@ def _recur(wkv: Wkv, bonus_HE: Tensor | None, state_BHKV: Tensor, stretch: Stret
     if bonus_HE is not None:
         y_BTHE = y_BTHE + _bonus(wkv, bonus_HE)
     if EFFECTIVE_ATTN in at:
-        y_BTHE = _attend(y_BTHE, driven, bonus_HE, at)
+        own_BTH = None if bonus_HE is None else own_weight(wkv, bonus_HE)
+        y_BTHE = _attend(y_BTHE, driven, own_BTH, at)
     if states is not None:
         states.finish()
     return y_BTHE, state_BHKV
 
 
-def _attend(y_BTHE: Tensor, wkv: Wkv, bonus_HE: Tensor | None, at: At) -> Tensor:
+def _attend(y_BTHE: Tensor, wkv: Wkv, own_BTH: Tensor | None, at: At) -> Tensor:
     """Fire the point of effective attention; add to what was read what an intervention there lets be read besides."""
-    given_BHQS = attended(wkv, bonus_HE)
-    effective_BHQS = at[EFFECTIVE_ATTN](given_BHQS)
+    given_BHQS = attended(wkv, own_BTH)
+    # A copy, where gradients are kept, for what is captured must not be what it is compared with.
+    effective_BHQS = at[EFFECTIVE_ATTN](given_BHQS.clone() if torch.is_grad_enabled() else given_BHQS)
     if not flows(at, EFFECTIVE_ATTN):
         return y_BTHE
-    more_BHQE = (effective_BHQS - given_BHQS.detach()) @ wkv.v.float().transpose(1, 2)
-    changed_BQH1 = (effective_BHQS != given_BHQS).any(-1).transpose(1, 2)[..., None]
+    more_BTHE = ((effective_BHQS - given_BHQS) @ wkv.v.float().transpose(1, 2)).transpose(1, 2)
     if torch.is_grad_enabled():
-        return y_BTHE + more_BHQE.transpose(1, 2)
-    return torch.where(changed_BQH1, y_BTHE + more_BHQE.transpose(1, 2), y_BTHE)
+        return y_BTHE + more_BTHE
+    changed_BTH1 = (effective_BHQS != given_BHQS).any(-1).transpose(1, 2)[..., None]
+    return torch.where(changed_BTH1, y_BTHE + more_BTHE, y_BTHE)
 
 
 def _heads(x_BTA: Tensor, spec: ModelSpec) -> Tensor:
