@@ -42,13 +42,22 @@ class Wkv:
         return replace(self, **{name: value[:, first:beyond] for name, value in given.items() if value is not None})
 
 
+_FEW_TOKENS = 4  # which steps take through faster than chunks do
+_AT_ONCE = 2**21  # channels of all tokens in chunks at a time: some 200 MB in float64
+
+
 def recur(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the recurrence in the form that is quicker here. Gives y [B, T, H, V] and the state after the last token
-    [B, H, K, V], both in float32."""
-    return (step_by_step if wkv.r.shape[1] <= _FEW_TOKENS else chunked)(wkv, state_BHKV)
-
-
-_FEW_TOKENS = 4
+    """Run the recurrence in the form that is quicker here, as much at a time as memory is well spent on. Gives y [B, T,
+    H, V] and the state after the last token [B, H, K, V], both in float32."""
+    n_sequences, n_positions, n_heads, n_channels = wkv.r.shape
+    if n_positions <= _FEW_TOKENS:
+        return step_by_step(wkv, state_BHKV)
+    at_once = max(_WHOLE_CHUNKS, _AT_ONCE // (n_sequences * n_heads * n_channels) // _WHOLE_CHUNKS * _WHOLE_CHUNKS)
+    read: list[Tensor] = []
+    for first in range(0, n_positions, at_once):
+        y_BTHV, state_BHKV = chunked(wkv.part(first, first + at_once), state_BHKV)
+        read.append(y_BTHV)
+    return read[0] if len(read) == 1 else torch.cat(read, 1), state_BHKV
 
 
 def step_by_step(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +75,7 @@ def step_by_step(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(read, 1), state
 
 
+_WHOLE_CHUNKS = 32  # a multiple of the sizes of chunks
 _LEAST_LOG_DECAY = -20.0  # a factor of 2e-9, which float32 does not tell from 0 beside what was written since
 _MILD = -20.0  # what the decays of a chunk may add up to for float32 to divide by them and keep its precision
 
