@@ -184,7 +184,7 @@ def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: 
     payload = {
         "step": stage.verb,
         "version": stage.version,
-        "parameters": {k: v for k, v in stage.parameters().items() if k not in stage.told_elsewhere},
+        "parameters": stage.determining(),
         "files": [[path.name, digest] for path, digest in hashes.items()],
         "identity": stage.identity(),
         "numerics": stage.numerics(device),

@@ -16,7 +16,7 @@ from ..stores.dtypes import format_of
 from ..stores.errors import SchemaError
 from ..stores.grid import Unit
 from ..stores.schema import LABELS, Array, Schema, along_sequence, along_token, unit_tokens_for
-from .models.points import BLOCK, HookPoint, dims_of, expand
+from .models.points import BLOCK, STATE, HookPoint, dims_of, expand
 from .models.spec import ModelSpec
 from .stage import Apply, Stage
 from .tokenize import ModelSource
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from .models.model import Model
+    from .models.taps import HookSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -37,6 +38,8 @@ class Capture(Stage):
     The model computes in `dtype`, `batch` sequences at a time; `store_dtype` is what is kept, and a lossy one records
     the error it makes. `unit_tokens` is the unit of work (by default, as many tokens as make a shard of at most 64
     MiB). `compression` is "none" (checksums only; for local disks) or "zstd" (1.4 times smaller for bfloat16, slower).
+    `state_positions` says after which tokens of every sequence recurrent states, `rwkv.hook_state`, are kept; negative
+    numbers count from the sequence's own end.
 
     Batches are cut from the sequences that touch the unit, in their order, so that a unit's values never depend on who
     computes it.
@@ -53,6 +56,7 @@ class Capture(Stage):
     dtype: Dtype = "float32"
     store_dtype: Dtype = "float32"
     batch: int = 8
+    state_positions: tuple[int, ...] = (-1,)
     unit_tokens: int | None = None
     threads: int | None = None
     compression: Literal["none", "zstd"] = "none"
@@ -68,7 +72,24 @@ class Capture(Stage):
             )
         if self.unit_tokens is not None and self.unit_tokens < 1:
             raise SchemaError(f"capture.unit_tokens = {self.unit_tokens} must be at least 1")
-        self.points(self.model.open().spec)
+        self._check_positions(self.points(self.model.open().spec))
+
+    def _check_positions(self, kinds: Mapping[str, object]) -> None:
+        asked = list(self.state_positions)
+        if not asked or len(set(asked)) < len(asked):
+            raise SchemaError(f"capture.state_positions = {asked} names no position, or one of them twice")
+        if STATE not in kinds and self.state_positions != (-1,):
+            raise SchemaError(
+                f"capture.state_positions = {asked} says after which tokens states are kept, and capture.hooks names "
+                f'none: add "blocks.*.{STATE}" to them (models of RWKV have it), or leave state_positions out'
+            )
+
+    def determining(self) -> dict[str, Any]:
+        """Where no state is captured, no position of one is a part of the fingerprint."""
+        held = super().determining()
+        if STATE not in self.points(self.model.open().spec):
+            del held["state_positions"]
+        return held
 
     def files(self) -> tuple[Path, ...]:
         return tuple(self.model.open().files)
@@ -98,13 +119,19 @@ class Capture(Stage):
 
     def schema(self, source: Schema) -> Schema:
         """One group a kind of hook point: `value[layer, token, …]`, or `value[layer, sequence, …]` for attention
-        patterns and scores.
+        patterns and scores and for recurrent states.
+
+        SchemaError names a sequence that is too short for one of `state_positions`.
         """
         spec = self.model.open().spec
-        starts = source.labels["sequences/start"][1]
-        context = int(np.diff(starts, append=source.n_token).max())
-        sizes = {**spec.sizes, "token": source.n_token, "sequence": len(starts), "query": context, "key": context}
         kinds = self.points(spec)
+        starts = source.labels["sequences/start"][1]
+        lengths = np.diff(starts, append=source.n_token)
+        if STATE in kinds:
+            self._check_lengths(lengths)
+        context = int(lengths.max())
+        sizes = {**spec.sizes, "token": source.n_token, "sequence": len(starts), "query": context, "key": context}
+        sizes["state_position"] = len(self.state_positions)
         unit_tokens = self.unit_tokens or self._unit_tokens(kinds, sizes, context)
         per_unit = _sequences_per_unit(starts, source.n_token, unit_tokens)
         arrays: dict[str, Array] = {}
@@ -121,6 +148,9 @@ class Capture(Stage):
                 arrays[f"{kind}/value"] = along_sequence(dims, own, self.store_dtype, per_unit)
             if len(layers):
                 labels[f"{kind}/layer"] = (("layer",), layers)
+            if "state_position" in dims:
+                positions = np.array(self.state_positions, dtype=np.int64)
+                labels[f"{kind}/state_position"] = (("state_position",), positions)
         return Schema(
             kind="activations",
             n_token=source.n_token,
@@ -130,13 +160,23 @@ class Capture(Stage):
             compression=self.compression,
         )
 
+    def _check_lengths(self, lengths: NDArray[np.int64]) -> None:
+        for position in self.state_positions:
+            needed = position + 1 if position >= 0 else -position
+            short = np.flatnonzero(lengths < needed)
+            if len(short):
+                n = int(lengths[short[0]])
+                raise SchemaError(
+                    f"capture.state_positions: sequence {short[0]} has {n} tokens, so that there is no state after its "
+                    f"token {position} (0 to {n - 1} or, from its end, -{n} to -1); {len(short)} of {len(lengths)} "
+                    "sequences are too short for it. Ask for positions that every sequence has"
+                )
+
     def _unit_tokens(self, kinds: Iterable[str], sizes: Mapping[str, int], context: int) -> int:
-        widths = [
-            np.prod([sizes[dim] for dim in stored_dims(kind) if dim not in ("layer", "token")])
-            for kind in kinds
-            if "token" in stored_dims(kind)
-        ]
-        return unit_tokens_for(int(max(widths, default=1)) * format_of(self.store_dtype).itemsize, context)
+        return unit_tokens_for(
+            max((_values_a_token(kind, sizes) for kind in kinds), default=1) * format_of(self.store_dtype).itemsize,
+            context,
+        )
 
     def span(self, unit: Unit, source: Schema, own: Schema) -> slice:
         """The tokens of every sequence that touches the unit; one that straddles its edge is computed by both
@@ -153,12 +193,16 @@ class Capture(Stage):
         import torch
 
         from .models.load import load_model
+        from .models.taps import HookSpec
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         model = load_model(self.model.source, revision=self.model.revision, device=device, dtype=self.dtype)
         starts = own.labels["sequences/start"][1]
         ends = np.append(starts[1:], own.n_token)
+        kinds = self.points(model.spec)
+        hooks = HookSpec().capture(*(point for kind, points in kinds.items() if kind != STATE for point in points))
+        hooks = hooks.capture(*kinds[STATE], positions=self.state_positions) if STATE in kinds else hooks
 
         def apply(block: xr.Dataset, unit: Unit) -> Iterator[xr.DataTree]:
             token_id, origin = block["token_id"].values.astype(np.int64), int(block.indexes["token"][0])
@@ -166,14 +210,14 @@ class Capture(Stage):
             for at in range(first, beyond, self.batch):
                 batch = Batch(np.arange(at, min(at + self.batch, beyond)), starts, ends, unit)
                 rows = [token_id[starts[s] - origin : ends[s] - origin].tolist() for s in batch.sequences]
-                yield self._capture(model, rows, batch, own)
+                yield self._capture(model, rows, hooks, batch, own)
 
         return apply
 
-    def _capture(self, model: Model, rows: Sequence[Sequence[int]], batch: Batch, own: Schema) -> xr.DataTree:
+    def _capture(
+        self, model: Model, rows: Sequence[Sequence[int]], hooks: HookSpec, batch: Batch, own: Schema
+    ) -> xr.DataTree:
         import xarray as xr
-
-        from .models.taps import HookSpec
 
         kept: dict[str, list[NDArray[Any]]] = defaultdict(list)
         statistics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -185,7 +229,7 @@ class Capture(Stage):
             for name, value in found.items():
                 statistics[point.kind][name].append(value)
 
-        model.forward(rows, HookSpec().capture(*self.hooks), logits=False, sink=sink)
+        model.forward(rows, hooks, logits=False, sink=sink)
         nodes = {}
         for kind, layers in kept.items():
             dims = stored_dims(kind)
@@ -205,6 +249,16 @@ def stored_dims(kind: str) -> tuple[str, ...]:
     dims = dims_of(kind)
     dims = ("token", *dims[2:]) if dims[:2] == ("sequence", "position") else dims
     return ("layer", *dims) if kind in BLOCK else dims
+
+
+def _values_a_token(kind: str, sizes: Mapping[str, int]) -> int:
+    """Values that a layer of a kind takes a token; where they lie by sequence, on average."""
+    dims = stored_dims(kind)
+    width = int(np.prod([sizes[dim] for dim in dims if dim not in ("layer", "token", "sequence")], dtype=object))
+    if "token" in dims:
+        return width
+    # Attention's have never counted: units of another size would be another store.
+    return 1 if kind.startswith("attn.") else -(-width * sizes["sequence"] // sizes["token"])
 
 
 @dataclass(frozen=True)
@@ -245,12 +299,15 @@ class Batch:
         )
 
     def own_rows(self, tensor: torch.Tensor, array: Array) -> torch.Tensor:
-        """The unit's part of a capture, without padding: `[token, …]`, or `[sequence, …, query, key]` with NaN beyond a
-        sequence's end.
+        """The unit's part of a capture, without padding: `[token, …]`, or `[sequence, …]`, of which `[…, query, key]`
+        has NaN beyond a sequence's end.
         """
         if "token" in array.dims:
             return self._own_tokens(tensor)
         first, beyond = self.own_sequences
+        if "query" not in array.dims:
+            origin = int(self.sequences[0])
+            return tensor[first - origin : max(first, beyond) - origin]
         width = array.shape[-1]
         own = tensor.new_full((max(0, beyond - first), *tensor.shape[1:-2], width, width), float("nan"))
         for row, sequence in enumerate(range(first, beyond)):

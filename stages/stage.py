@@ -71,3 +71,7 @@ class Stage(ABC):
     def parameters(self) -> dict[str, Any]:
         """The fields as JSON values: the recipe's table, complete."""
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def determining(self) -> dict[str, Any]:
+        """The parameters that are part of the fingerprint as they are: all but what is told elsewhere."""
+        return {name: value for name, value in self.parameters().items() if name not in self.told_elsewhere}

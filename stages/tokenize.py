@@ -14,7 +14,7 @@ from ..stores.errors import SchemaError
 from ..stores.fingerprint import fingerprint
 from ..stores.grid import Unit
 from ..stores.schema import Schema, along_token
-from .models.checkpoint import Checkpoint
+from .models.checkpoint import Checkpoint, Encoding, Tokenizer
 from .models.source import open_checkpoint
 from .stage import Apply, Stage
 
@@ -159,7 +159,7 @@ class Tokenize(Stage):
 
         return apply
 
-    def tokenizer(self, checkpoint: Checkpoint) -> Any:
+    def tokenizer(self, checkpoint: Checkpoint) -> Tokenizer:
         """The model's tokenizer, set to treat special tokens in the text as `parse_special` says."""
         tokenizer = checkpoint.tokenizer()
         tokenizer.encode_special_tokens = not self.parse_special
@@ -260,7 +260,7 @@ class Rules:
         return {"token_id": token_id, "char_start": chars[:, 0], "char_end": chars[:, 1]}
 
 
-def _encode(tokenizer: Any, block: xr.Dataset) -> Iterator[tuple[int, str, Any]]:
+def _encode(tokenizer: Tokenizer, block: xr.Dataset) -> Iterator[tuple[int, str, Encoding]]:
     """Each document's number, text and encoding, some at a time, so that memory stays bounded."""
     numbers, texts = block["document"].values, block["text"].values
     for at in range(0, len(texts), 64):

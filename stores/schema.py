@@ -194,19 +194,21 @@ def along_token(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, unit_
 
 
 def along_sequence(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, per_unit: int) -> Array:
-    """An array with a `sequence` axis: chunks of one sequence, shards of one layer and as many of a unit's sequences as
-    make 64 MiB.
+    """An array with a `sequence` axis: chunks of one sequence and, of states, one `state_position`; shards of one layer
+    and as many positions, then as many of a unit's sequences, as make 64 MiB.
     """
-    row_bytes = format_of(dtype).itemsize * int(
-        np.prod([sizes[dim] for dim in dims if dim not in ("sequence", "layer")])
-    )
-    shard = _divisor(per_unit, max(1, SHARD_BYTES // row_bytes))
+    cut = ("sequence", "layer", "state_position")
+    cell_bytes = format_of(dtype).itemsize * int(np.prod([sizes[dim] for dim in dims if dim not in cut]))
+    positions = sizes["state_position"] if "state_position" in dims else 1
+    positions = _divisor(positions, max(1, SHARD_BYTES // cell_bytes))
+    sequences = _divisor(per_unit, max(1, SHARD_BYTES // (cell_bytes * positions)))
+    shards = {"sequence": sequences, "layer": 1, "state_position": positions}
     return Array(
         dims=tuple(dims),
         shape=tuple(sizes[dim] for dim in dims),
         dtype=dtype,
-        chunks=tuple({"sequence": 1, "layer": 1}.get(dim, sizes[dim]) for dim in dims),
-        shards=tuple({"sequence": shard, "layer": 1}.get(dim, sizes[dim]) for dim in dims),
+        chunks=tuple(1 if dim in cut else sizes[dim] for dim in dims),
+        shards=tuple(shards.get(dim, sizes[dim]) for dim in dims),
     )
 
 

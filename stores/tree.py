@@ -183,8 +183,8 @@ def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]
         else:
             n_sequence = dataset.sizes["sequence"]
             dataset = dataset.assign_coords(sequence=np.arange(n_sequence), document=labels["sequences/document"])
-        if f"{group}/layer" in labels:
-            dataset = dataset.assign_coords(layer=labels[f"{group}/layer"])
+        own = {dim: labels[path] for dim in ("layer", "state_position") if (path := f"{group}/{dim}") in labels}
+        dataset = dataset.assign_coords(own)
         nodes[f"/{group}"] = dataset.assign_attrs(nodes["/"].attrs)
     return nodes | _label_nodes(labels, store.schema.n_token)
 

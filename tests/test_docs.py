@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .models.rwkv_models import write_pth
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -34,8 +36,12 @@ def test_a_table_that_has_drifted_is_noticed(tmp_path: Path) -> None:
     assert "docs/hooks.md is out of date: run scripts/docs" in found.stderr
 
 
-@pytest.mark.parametrize("name", ["hooks.md", "models.md"])
-def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["hooks.md", "models.md", "rwkv.md"])
+def test_examples_run(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pth(tmp_path / "RWKV-x070-World-0.1B.pth", 7, d_vocab=2**16)
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:

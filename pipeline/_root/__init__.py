@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from forebay.stages.models.recurrence import Feedback, Recurrence
     from forebay.stages.models.sampling import Sampling
     from forebay.stages.models.source import check_compatibility
+    from forebay.stages.models.state_taps import StateKnockout, StateSteering
     from forebay.stages.models.taps import HookSpec
     from forebay.stages.models.unembedding import load_unembedding
     from forebay.stores.tree import open_run, open_store
@@ -33,6 +34,8 @@ _HOMES = {
     "Replace": "forebay.stages.models.interventions",
     "Sampling": "forebay.stages.models.sampling",
     "Scale": "forebay.stages.models.interventions",
+    "StateKnockout": "forebay.stages.models.state_taps",
+    "StateSteering": "forebay.stages.models.state_taps",
     "SteerAttention": "forebay.stages.models.edges",
     "Zero": "forebay.stages.models.interventions",
     "check_compatibility": "forebay.stages.models.source",
@@ -58,6 +61,8 @@ __all__ = [
     "Replace",
     "Sampling",
     "Scale",
+    "StateKnockout",
+    "StateSteering",
     "SteerAttention",
     "Zero",
     "check_compatibility",

@@ -20,15 +20,14 @@ class TokenTexts(UserDict[int, str]):
     """Token id → its text, from a run's own tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
+        from ...stages.models.tokenizer_json import read_tokenizer
 
         super().__init__()
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(folder / "tokenizer.json")
 
     def __missing__(self, token_id: int) -> str:
-        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
-        self[token_id] = text
-        return text
+        self[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return self[token_id]
 
 
 def lens_of_run(

@@ -15,7 +15,7 @@ from torch import Tensor
 from .addressing import PER_TOKEN, Index, Places, Site, address, counted, listed, per_length
 from .errors import HookError
 from .interventions import PATTERN, SCORES, Intervention, NamedIntervention, finite, real
-from .points import HookPoint
+from .points import EFFECTIVE_ATTN, STATE, HookPoint
 from .spec import ModelSpec
 from .taps import HookSpec
 
@@ -91,7 +91,8 @@ class KnockoutSpec:
 
     def hooks(self, model_spec: ModelSpec) -> HookSpec:
         """Give the knockout at each of its layers; `HookSpec.extend` joins it to another. Raises HookError for layers
-        or heads that the model does not have, and for edges that are none."""
+        or heads that the model does not have, for edges that are none, and for a model without attention."""
+        _check_attends(model_spec)
         _pairs(self.edges)
         knockout = Knockout(self.edges) if self.heads is None else Knockout(self.edges).at(head=self.heads)
         _chosen(self.heads, "head", model_spec.n_heads)
@@ -103,8 +104,9 @@ class KnockoutSpec:
     def mask(self, model_spec: ModelSpec, n_positions: int) -> Tensor:
         """Give the edges that are cut in a sequence of `n_positions` tokens, boolean [layer, head, query, key].
 
-        Raises HookError for layers, heads and positions that are not there.
+        Raises HookError for layers, heads and positions that are not there, and for a model without attention.
         """
+        _check_attends(model_spec)
         layers = _chosen(self.layers, "layer", model_spec.n_layers)
         heads = _chosen(self.heads, "head", model_spec.n_heads)
         cut = _filled(_resolved(self.edges, (n_positions,), (0,))[n_positions], n_positions)
@@ -158,7 +160,17 @@ class _Targets:
         return cut[:, None] & among[:, None, None]
 
 
+def _check_attends(spec: ModelSpec) -> None:
+    if spec.rwkv is not None:
+        raise HookError(
+            f"this model ({spec.family}) has no attention whose edges could be cut: StateKnockout, at {STATE}, keeps a "
+            f"token from being remembered; an edge of {EFFECTIVE_ATTN} can be set to 0"
+        )
+
+
 def _check_point(site: Site, kind: str) -> None:
+    if site.point.kind.startswith("rwkv."):
+        raise HookError(f"it acts on {kind} alone, and this model has no attention: at {STATE} there is StateKnockout")
     if site.point.kind != kind:
         where = HookPoint(kind, site.point.layer) if site.point.layer is not None else f"blocks.0.{kind}"
         raise HookError(f"it acts on {kind} alone: register it at {str(where)!r}")

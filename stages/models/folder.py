@@ -1,21 +1,24 @@
-"""A checkpoint as a folder: config.json, safetensors in one file or in shards, and perhaps tokenizer.json."""
+"""A checkpoint as a folder: config.json, safetensors in one file or in shards, and perhaps a tokenizer."""
 
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import DEFAULT, ChatTemplates, parse_templates
-from .checkpoint import Checkpoint, SpecialTokens, Vocabulary
+from .checkpoint import Checkpoint, SpecialTokens, Tokenizer, Vocabulary
 from .errors import ModelError
 from .families import check_config, parse_config
 from .families.layout import match_tensors, unembedding_again
 from .families.report import CompatibilityReport
+from .spec import ModelSpec
+from .tokenizer_json import read_tokenizer
+from .world import END_OF_TEXT, WORLD_SPECIAL, WORLD_STOPS, WorldTokenizer, load_world_tokenizer
+from .world_files import world_file_beside, world_file_of
 
 if TYPE_CHECKING:
-    import tokenizers
     import torch
 
 _INDEX = "model.safetensors.index.json"
@@ -53,7 +56,7 @@ def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
         files=(config_path, *index, *paths),
         spec=spec,
         reader=read,
-        vocabulary=functools.cache(lambda: _vocabulary(folder, values)),
+        vocabulary=functools.cache(lambda: _vocabulary(folder, values, spec)),
     )
 
 
@@ -152,26 +155,30 @@ def _json(path: Path) -> Any:
     return values
 
 
-def _vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
-    tokenizer = _tokenizer(folder)
+def _vocabulary(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> Vocabulary:
     path = folder / "tokenizer_config.json"
     settings = _json(path) if path.exists() else {}
-    special = SpecialTokens(
-        **{name: _token_id(tokenizer, f"{name}_token", settings, config) for name in ("bos", "eos", "unk")}
-    )
+    build = _tokenizer(folder, settings, spec)
+    tokenizer = build()
     tokenizer.no_padding()
-    begins = tokenizer.encode("").ids
-    generation = folder / "generation_config.json"
-    ends = [special.eos, *_token_ids("eos_token", config)]
-    ends += _token_ids("eos_token", _json(generation) if generation.exists() else {})
+    if isinstance(tokenizer, WorldTokenizer):
+        special, begins, stops = WORLD_SPECIAL, [], list(WORLD_STOPS)
+    else:
+        special = SpecialTokens(
+            **{name: _token_id(tokenizer, f"{name}_token", settings, config) for name in ("bos", "eos", "unk")}
+        )
+        begins = tokenizer.encode("").ids
+        generation = folder / "generation_config.json"
+        stops = _token_ids("eos_token", config)
+        stops += _token_ids("eos_token", _json(generation) if generation.exists() else {})
     ids = {f"{name}_token": id_ for name, id_ in dataclasses.asdict(special).items() if id_ is not None}
     texts = {key: tokenizer.id_to_token(id_) for key, id_ in ids.items()}
     texts |= {key: _text_of(settings, key) for key in settings if key.endswith("_token")}
     return Vocabulary(
-        build=functools.partial(_tokenizer, folder),
+        build=build,
         special=special,
         add_bos=special.bos is not None and begins[:1] == [special.bos],
-        stops=tuple(dict.fromkeys(id_ for id_ in ends if id_ is not None)),
+        stops=tuple(dict.fromkeys(id_ for id_ in (special.eos, *stops) if id_ is not None)),
         chat=ChatTemplates(
             templates=_templates(folder, settings),
             special={key: text for key, text in texts.items() if text is not None},
@@ -186,9 +193,7 @@ def _text_of(settings: Mapping[str, Any], key: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _token_id(
-    tokenizer: "tokenizers.Tokenizer", key: str, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> int | None:
+def _token_id(tokenizer: Tokenizer, key: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
     text = _text_of(settings, key)
     return tokenizer.token_to_id(text) if text is not None else next(iter(_token_ids(key, config)), None)
 
@@ -209,13 +214,13 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, str]:
     return parse_templates(settings.get("chat_template"), str(folder / "tokenizer_config.json"))
 
 
-def _tokenizer(folder: Path) -> "tokenizers.Tokenizer":
+def _tokenizer(folder: Path, settings: Mapping[str, Any], spec: ModelSpec) -> Callable[[], Tokenizer]:
+    """Find the tokenizer: tokenizer.json, else the vocabulary of a World tokenizer, which models of RWKV may lack."""
     path = folder / "tokenizer.json"
-    if not path.exists():
-        raise ModelError(f"{folder} holds no tokenizer.json, so texts cannot be tokenised; token ids can still be run")
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    if path.exists():
+        return functools.partial(read_tokenizer, path)
+    if spec.family.startswith("rwkv") or world_file_beside(folder) is not None:
+        file = world_file_of(folder, spec.d_vocab, str(folder))
+        end = _text_of(settings.get("added_tokens_decoder") or {}, "0") or END_OF_TEXT
+        return functools.partial(load_world_tokenizer, file, n_ids=spec.d_vocab, end=end)
+    raise ModelError(f"{folder} holds no tokenizer.json, so texts cannot be tokenised; token ids can still be run")

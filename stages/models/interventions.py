@@ -3,8 +3,13 @@
 Each is a frozen value that says what is meant; a forward binds it to a hook point and to the sizes of its batch, and
 refuses there, before anything is computed, what does not fit (`NamedIntervention.bind`).
 
-Attention edges that the mask hides stay hidden: scores keep −∞ there and weights 0, so that no named intervention lets
-a query see what comes after it, a key outside its window or padding. A plain function may do so.
+Attention edges that the mask hides stay hidden: scores keep −∞ there and weights 0, a recurrence's effective attention
+among them, so that no named intervention lets a query see what comes after it, a key outside its window or padding. A
+plain function may do so.
+
+A recurrent state is given to an intervention one position at a time: [sequence, head, d_key, d_value] of the sequences
+that have the position, values along the positions addressed being dealt out to them. `Apply` calls its function for
+each.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from .addressing import Index, Part, Site, address, labelled
 from .errors import HookError
-from .points import HookPoint
+from .points import EFFECTIVE_ATTN, HookPoint
 
 if TYPE_CHECKING:
     import numpy
@@ -30,7 +35,8 @@ Value: TypeAlias = "Tensor | numpy.ndarray | float"
 """What is put in: it must broadcast to the part addressed, and is cast to dtype and device of the activation."""
 
 SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
-_HIDDEN: Mapping[str, float] = {SCORES: -torch.inf, PATTERN: 0.0}
+DECAY = "rwkv.hook_decay"
+_HIDDEN: Mapping[str, float] = {SCORES: -torch.inf, PATTERN: 0.0, EFFECTIVE_ATTN: 0.0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +50,7 @@ class NamedIntervention(ABC):
 
     def at(self, **indices: Index) -> Self:
         """Give the same for a part of the value, addressed by the names of the point's dimensions: `sequence`,
-        `position`, `head`, `kv_head`, `query`, `key`, `d_model`, `d_head`, `d_mlp`, `vocab`.
+        `position`, `head`, `kv_head`, `query`, `key`, `d_model`, `d_head`, `d_mlp`, `vocab`, `d_key`, `d_value`.
 
         An index is a whole number (counted from the end where negative; the dimension is dropped), a slice, or a list,
         tensor or array of whole numbers; several lists address every combination, as in xarray. `position`, `query`
@@ -87,7 +93,7 @@ class Replace(_OnAPart):
 
     def compute(self, site: Site, part: Part) -> Callable[[Tensor], Tensor | float]:
         given = fitting(self.value, part, "value")
-        _check_divisor(site, given, "value")
+        _check_range(site, given, "value")
         return lambda value: _cast(given, value)
 
 
@@ -116,7 +122,7 @@ class Scale(_OnAPart):
 
     def compute(self, site: Site, part: Part) -> Callable[[Tensor], Tensor | float]:
         factor = finite(fitting(self.factor, part, "factor"), "factor")
-        _check_divisor(site, factor, "factor")
+        _check_range(site, factor, "factor")
         if site.point.kind != SCORES:
             return lambda value: part.read(value) * _cast(factor, value)
 
@@ -133,7 +139,7 @@ class Zero(_OnAPart):
     """Puts 0 in place of the activation: ablates what is addressed."""
 
     def compute(self, site: Site, part: Part) -> Callable[[Tensor], Tensor | float]:
-        _check_divisor(site, 0.0, "value")
+        _check_range(site, 0.0, "value")
         return lambda value: 0.0
 
 
@@ -200,9 +206,11 @@ def finite(number: Tensor | float, name: str) -> Tensor | float:
     return number
 
 
-def _check_divisor(site: Site, number: Tensor | float, name: str) -> None:
+def _check_range(site: Site, number: Tensor | float, name: str) -> None:
     if site.point.kind.endswith(".hook_scale") and bool((torch.as_tensor(number) == 0).any()):
         raise HookError(f"a norm divides by its scale, so the {name} cannot be 0 here")
+    if site.point.kind == DECAY and bool((torch.as_tensor(number) < 0).any()):
+        raise HookError(f"a state decays by factors from 0 on, so the {name} cannot be below 0 here")
 
 
 def _from_array(value: object, name: str) -> Tensor:

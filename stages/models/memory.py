@@ -4,17 +4,20 @@ import ctypes
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .points import HookPoint
+from .points import EFFECTIVE_ATTN, STATE, HookPoint
+from .rwkv.states import state_bytes
+from .rwkv.wkv import positions_at_once
 from .spec import ModelSpec
 
 _FLOAT32 = 4
 _BOOL = 1
+_IN_FLOAT32 = frozenset({"rwkv.hook_decay", "rwkv.hook_wkv", STATE, EFFECTIVE_ATTN})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,21 +99,28 @@ def forward_memory(
     n_positions: int,
     dtype: torch.dtype,
     logits: bool = True,
+    n_states: int = 1,
 ) -> ForwardMemory:
-    """Estimate what a forward of `n_sequences` of `n_positions` takes, from the architecture alone."""
-    sizes = {**spec.sizes, "sequence": n_sequences, "position": n_positions, "query": n_positions, "key": n_positions}
+    """Estimate what a forward of `n_sequences` of `n_positions` takes, from the architecture alone. `n_states` is the
+    number of positions after which recurrent states are captured, where they are."""
+    of_tokens = dict.fromkeys(("position", "query", "key"), n_positions)
+    sizes = {**spec.sizes, **of_tokens, "sequence": n_sequences, "state_position": n_states}
     item = dtype.itemsize
 
     def bytes_of(point: HookPoint) -> int:
-        wide = _FLOAT32 if point.kind.endswith("hook_scale") else item
+        wide = _FLOAT32 if point.kind.endswith("hook_scale") or point.kind in _IN_FLOAT32 else item
         return math.prod(sizes[dim] for dim in point.dims) * wide
 
-    explicit = any(point.kind in ("attn.hook_attn_scores", "attn.hook_pattern") for point in captured)
     tokens = n_sequences * n_positions
     out = tokens * spec.d_vocab * item if logits else 0
-    working = tokens * item * _widest(spec)
-    if explicit or spec.attn_softcap is not None:
-        working += n_sequences * spec.n_heads * n_positions**2 * (3 * item + _FLOAT32 + _BOOL)
+    kinds = {point.kind for point in captured}
+    if spec.rwkv is not None:
+        working = _recurrent(spec, spec.rwkv.version, n_sequences, n_positions, dtype, EFFECTIVE_ATTN in kinds)
+        working += n_states * n_sequences * spec.n_heads * spec.d_head**2 * _FLOAT32 if STATE in kinds else 0
+    else:
+        working = tokens * item * _widest(spec)
+        if kinds & {"attn.hook_attn_scores", "attn.hook_pattern"} or spec.attn_softcap is not None:
+            working += n_sequences * spec.n_heads * n_positions**2 * (3 * item + _FLOAT32 + _BOOL)
     if spec.logit_softcap is not None:
         working = max(working, 2 * out)
     return ForwardMemory(
@@ -128,3 +138,49 @@ def _widest(spec: ModelSpec) -> int:
     attention = stream + (queries + 2 * keys) + (queries + keys) + 2 * queries
     hidden = (3 if spec.gated else 2) * spec.d_mlp
     return max(attention, stream + spec.d_model + hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recurrence:
+    """What one version of RWKV holds at once, as numbers of tensors: what the token shift makes, of stream width; what
+    drives the recurrence, of the width of all heads; in chunks of `size` positions tensors of that width in the dtype
+    in which quotients are taken and in float32, and matrices between the positions of a chunk; and matrices of
+    effective attention."""
+
+    shifted: int
+    driving: int
+    size: int
+    wide_bytes: int
+    wide: int
+    narrow: int
+    between: int
+    attended: int
+
+
+# Decays of version 7 are so slow that its quotients are taken in float32.
+_RECURRENCES: Mapping[int, _Recurrence] = {
+    6: _Recurrence(shifted=15, driving=5, size=16, wide_bytes=8, wide=8, narrow=7, between=2, attended=6),
+    7: _Recurrence(shifted=6, driving=8, size=32, wide_bytes=4, wide=11, narrow=8, between=6, attended=7),
+}
+
+
+def _recurrent(
+    spec: ModelSpec, version: int, n_sequences: int, n_positions: int, dtype: torch.dtype, attended: bool
+) -> int:
+    """Bytes that RWKV works with at the fullest moment: in the token shift, the recurrence or channel mixing; and the
+    states that it keeps."""
+    held, item, tokens = _RECURRENCES[version], dtype.itemsize, n_sequences * n_positions
+    heads = spec.n_heads * spec.d_head
+    in_chunks = -(-n_positions // held.size) * held.size
+    at_once = n_sequences * min(in_chunks, positions_at_once(n_sequences * heads))
+    driving = tokens * (held.driving * heads * item + 2 * heads * _FLOAT32)
+    of_a_chunk = heads * (held.wide * held.wide_bytes + held.narrow * _FLOAT32)
+    of_a_chunk += spec.n_heads * held.size * held.between * max(held.wide_bytes, _FLOAT32)
+    recurrence = driving + at_once * of_a_chunk
+    if attended:
+        recurrence += held.attended * n_sequences * spec.n_heads * n_positions * in_chunks * _FLOAT32
+    shift = tokens * held.shifted * spec.d_model * item + driving
+    channel_mixing = tokens * item * (4 * spec.d_model + 3 * spec.d_mlp)
+    stream = tokens * 3 * spec.d_model * item
+    states = state_bytes(spec, n_sequences, dtype) + 2 * n_sequences * heads * spec.d_head * _FLOAT32
+    return states + stream + max(recurrence, shift, channel_mixing)

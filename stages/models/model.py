@@ -91,7 +91,7 @@ class Model:
         captures: dict[HookPoint, Tensor] = {}
         hooks = hooks or EMPTY
         batch = make_batch(token_ids, self.spec, self.device)
-        taps = resolve(hooks, self.spec, batch, sink or captures.__setitem__, logits=logits)
+        taps = resolve(hooks, self.spec, batch, sink or captures.__setitem__, logits=logits, gradients=gradients)
         if recurrence is not None:
             recurrence.check(self.spec, batch.lengths)
         run = self._blocks.start(batch.lengths, states)
@@ -143,10 +143,16 @@ class Model:
     ) -> ForwardMemory:
         """Estimate the bytes that a forward would take, without running it. Raises HookError for patterns that name no
         point of this model."""
-        patterns = [pattern for capture in (hooks or EMPTY).captures for pattern in capture.patterns]
-        captured = expand(patterns, self.spec.points())
+        hooks = hooks or EMPTY
+        patterns = [pattern for capture in hooks.captures for pattern in capture.patterns]
         return forward_memory(
-            self.spec, captured, n_sequences=n_sequences, n_positions=n_positions, dtype=self.dtype, logits=logits
+            self.spec,
+            expand(patterns, self.spec.points()),
+            n_sequences=n_sequences,
+            n_positions=n_positions,
+            dtype=self.dtype,
+            logits=logits,
+            n_states=len(state_positions(hooks, self.spec)),
         )
 
     def generate(

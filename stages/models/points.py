@@ -6,7 +6,9 @@ Names are TransformerLens' strings with TransformerLens' meanings. Two families 
   aliases, for their meaning is equal.
 * candle-mi's `attn.hook_scores` is taken before soft-cap and mask, so it is not `attn.hook_attn_scores`, which is taken
   after both; it is refused with that explanation. (Its `mlp.hook_pre` and `mlp.hook_post` are d_model wide and share
-  their spelling with other tensors; here they mean what they mean in TransformerLens.)
+  their spelling with other tensors; here they mean what they mean in TransformerLens. Its `rwkv.hook_state` is the same
+  tensor; its `rwkv.hook_decay` is, in RWKV-7, the logarithm of what has that name here, and its
+  `rwkv.hook_effective_attn` is this one without the negative numbers, each row divided by its sum.)
 """
 
 import itertools
@@ -137,6 +139,19 @@ _NOT_THE_SAME = {
     "attn.hook_scores": "scores before soft-cap and mask are not kept; 'attn.hook_attn_scores' are those after both",
 }
 
+_INSTEAD = {
+    "attn.hook_in": "rwkv.hook_in",
+    "attn.hook_q": "rwkv.hook_r",
+    "attn.hook_k": "rwkv.hook_k",
+    "attn.hook_v": "rwkv.hook_v",
+    "attn.hook_attn_scores": EFFECTIVE_ATTN,
+    "attn.hook_pattern": EFFECTIVE_ATTN,
+    "attn.hook_z": "rwkv.hook_z",
+    "attn.hook_out": "rwkv.hook_out",
+}
+"""What comes nearest to a point of attention in a recurrent model, and the other way round."""
+_INSTEAD |= {there: here for here, there in _INSTEAD.items()}
+
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 _MOST_ALTERNATIVES = 100_000
 
@@ -260,15 +275,23 @@ def _matches(text: str, names: Mapping[str, HookPoint]) -> list[HookPoint]:
         return found
     if layer := re.match(r"blocks\.(\d+)\.", text):
         _check_layer(text, int(layer[1]), names)
-    hint = nearest(text.replace("*", "0", 1), names).replace("blocks.0.", "blocks.*.")
+    hint = _hint(text.replace("*", "0", 1), names).replace("blocks.0.", "blocks.*.")
     raise HookError(f"{text!r} matches no hook point of this model, which has {_listing(names)}.{hint}")
 
 
 def _absent(point: HookPoint, names: Mapping[str, HookPoint]) -> HookError:
     if point.layer is not None:
         _check_layer(str(point), point.layer, names)
-    hint = nearest(str(point), names)
+    hint = _hint(str(point), names)
     return HookError(f"this model has no hook point {str(point)!r}; it has {_listing(names)}.{hint}")
+
+
+def _hint(text: str, names: Mapping[str, HookPoint]) -> str:
+    if found := _BLOCK_NAME.fullmatch(text):
+        counterpart = f"blocks.{found[1]}.{_INSTEAD.get(found[2], '')}"
+        if counterpart in names:
+            return f" Did you mean {counterpart!r}?"
+    return nearest(text, names)
 
 
 def _check_layer(text: str, layer: int, names: Mapping[str, HookPoint]) -> None:

@@ -16,9 +16,11 @@ from .taps import HookSpec, Request, Sink, Tap, Taps
 _NO_TAPS: Mapping[str, Tap] = {}
 
 
-def resolve(hooks: HookSpec, spec: ModelSpec, batch: Batch, record: Sink, *, logits: bool) -> Taps:
+def resolve(
+    hooks: HookSpec, spec: ModelSpec, batch: Batch, record: Sink, *, logits: bool, gradients: bool = False
+) -> Taps:
     """Check a `HookSpec` against a model and a batch, and make the taps of one forward, which give their captures to
-    `record`.
+    `record`; `gradients` says that a loss is to be differentiated by them.
 
     Raises HookError for a pattern that names no point of this model, for a point to be captured both before and after
     its interventions, for an intervention that cannot act at its point on these sequences, and where neither logits
@@ -34,10 +36,21 @@ def resolve(hooks: HookSpec, spec: ModelSpec, batch: Batch, record: Sink, *, log
     for point, found in wanted.items():
         place = top if point.layer is None else blocks.setdefault(point.layer, {})
         site = Site.of(point, spec, batch.lengths)
+        for change in found.changes:
+            _check(change, point)
         if point.kind == STATE:
-            place[STATE] = tap_states(site, found.request(), found.changes, positions, record, point == last)
+            place[STATE] = tap_states(
+                site,
+                found.request(),
+                found.changes,
+                positions,
+                record=record,
+                last=point == last,
+                gradients=gradients,
+            )
         else:
-            place[point.kind] = Tap(point, found.request(_bound_all(found, site)), record, last=point == last)
+            functions = tuple(_bound(change, site) for change in found.changes)
+            place[point.kind] = Tap(point, found.request(functions), record, last=point == last)
     _check_effective(blocks)
     return Taps(blocks=tuple(blocks.get(layer, _NO_TAPS) for layer in range(spec.n_layers)), top=top, last=last)
 
@@ -92,27 +105,24 @@ def state_positions(hooks: HookSpec, spec: ModelSpec) -> tuple[int, ...]:
     return next(iter(chosen), (-1,))
 
 
-def _bound_all(found: _Wanted, site: Site) -> tuple[Intervention, ...]:
-    return tuple(_bound(function, site) for function in found.changes)
+def _check(change: object, point: HookPoint) -> None:
+    if isinstance(change, type):
+        raise HookError(f"the intervention at {point} is the class {change.__name__}: make one, {change.__name__}(…)")
+    if not isinstance(change, NamedIntervention) and not callable(change):
+        raise HookError(
+            f"the intervention at {point} is a {type(change).__name__}: a function of the value and the point is "
+            f"expected, or one of Replace, Add, Scale, Zero, Apply, Knockout, SteerAttention, StateKnockout and "
+            f"StateSteering"
+        )
 
 
-def _bound(function: Intervention | NamedIntervention, site: Site) -> Intervention:
-    point = site.point
-    if isinstance(function, NamedIntervention):
-        try:
-            return function.bind(site)
-        except HookError as error:
-            raise HookError(f"{type(function).__name__} at {point}: {error}") from error
-    if isinstance(function, type):
-        raise HookError(
-            f"the intervention at {point} is the class {function.__name__}: make one, {function.__name__}(…)"
-        )
-    if not callable(function):
-        raise HookError(
-            f"the intervention at {point} is a {type(function).__name__}: a function of the value and the point is "
-            f"expected, or one of Replace, Add, Scale, Zero, Apply, Knockout and SteerAttention"
-        )
-    return function
+def _bound(change: Intervention | NamedIntervention, site: Site) -> Intervention:
+    if not isinstance(change, NamedIntervention):
+        return change
+    try:
+        return change.bind(site)
+    except HookError as error:
+        raise HookError(f"{type(change).__name__} at {site.point}: {error}") from error
 
 
 def _check_effective(blocks: Mapping[int, Mapping[str, Tap]]) -> None:

@@ -91,6 +91,7 @@ _HUB_FILES = (
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "rwkv_vocab*.txt",
     "generation_config.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",

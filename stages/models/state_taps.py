@@ -6,18 +6,21 @@ at all of them without a stop.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .addressing import Index, Site, address, listed, per_length
-from .addressing import counted as counted_along
+from .addressing import Index, Part, Site, address, counted, listed, per_length
 from .errors import HookError
-from .interventions import Intervention, NamedIntervention, Value, finite, fitting
+from .interventions import Intervention, NamedIntervention, Value, finite, fitting, real
 from .points import STATE, HookPoint
 from .taps import Request, Sink, Tap
+
+Stops: TypeAlias = Mapping[int, tuple[int, ...]]
+"""Positions of the batch after which the recurrence has to pause, each with the sequences that are meant there."""
 
 
 class _OnWrites(NamedIntervention):
@@ -33,18 +36,24 @@ class _OnWrites(NamedIntervention):
         where = HookPoint(STATE, site.point.layer) if site.point.layer is not None else f"blocks.0.{STATE}"
         raise HookError(f"it acts on {STATE} alone: register it at {str(where)!r}")
 
-    def scale_writes(self, factors_BTH: Tensor, site: Site) -> None:
-        """Multiply the factors of the tokens and heads that are meant, in place. Raises HookError."""
+    def bind_to_writes(self, site: Site) -> Callable[[Tensor], None]:
+        """Give the function that multiplies the factors [sequence, position, head] of what is written, in place.
+
+        Raises HookError for tokens, heads or sequences that are not there, and for what is no finite factor of them.
+        """
         for dim in self.where:
             if dim in ("d_key", "d_value"):
                 raise HookError(
                     f"a token writes to a head as a whole: .at() takes position, head and sequence, not {dim}"
                 )
-        part = address(
-            replace(site, sizes={dim: site.sizes[dim] for dim in ("sequence", "position", "head")}), self.where
-        )
+        of_heads = {dim: site.sizes[dim] for dim in ("sequence", "position", "head")}
+        part = address(replace(site, sizes=of_heads), self.where)
         factor = finite(fitting(self.factor(), part, "scale"), "scale")
-        part.write(factors_BTH, part.read(factors_BTH) * factor)
+
+        def apply(factors_BTH: Tensor) -> None:
+            part.write(factors_BTH, part.read(factors_BTH) * torch.as_tensor(factor).to(factors_BTH))
+
+        return apply
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,144 +83,181 @@ class StateSteering(_OnWrites):
         return self.scale
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Edit:
-    """A change of the state at some stops: the function, and for each stop the sequences that are meant there."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class StatePlan:
+    """What is done with the states of one layer: for each position that is captured the stops, the interventions by
+    the position after which they act, in their order, and what scales the factors of what is written."""
 
-    function: Intervention
-    rows: Mapping[int, tuple[int, ...]]
+    captured: Sequence[Stops] = ()
+    edits: dict[int, list[Intervention]] = field(default_factory=dict)
+    writes: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
 class StateTap(Tap):
     """What happens to the states of one layer in one forward. `stops` are the positions of the batch, ascending, after
-    which the recurrence has to pause; `writes` [sequence, position, head] scales what is written, None: as it is."""
+    which the recurrence has to pause."""
 
-    __slots__ = ("_captured", "_edits", "_kept", "stops", "writes")
+    __slots__ = ("_kept", "_plan", "stops")
 
-    def __init__(
-        self,
-        point: HookPoint,
-        request: Request,
-        record: Sink,
-        last: bool,
-        *,
-        captured: Sequence[Mapping[int, tuple[int, ...]]],
-        edits: Sequence[_Edit],
-        writes: Tensor | None,
-    ) -> None:
+    def __init__(self, point: HookPoint, request: Request, record: Sink, last: bool, plan: StatePlan) -> None:
         super().__init__(point, request, record, last)
-        self.functions = tuple(edit.function for edit in edits)
-        self.writes = writes
-        self._captured, self._edits = captured, edits
-        self.stops = sorted({stop for rows in (*captured, *(edit.rows for edit in edits)) for stop in rows})
+        self._plan = plan
+        self.stops = sorted({*plan.edits, *(stop for stops in plan.captured for stop in stops)})
         self._kept: dict[int, Tensor] = {}
+
+    def written(self, k_BTHK: Tensor) -> Tensor:
+        """Give the keys with which tokens write to the state: those given, scaled where interventions say so."""
+        if not self._plan.writes:
+            return k_BTHK
+        factors_BTH = torch.ones(k_BTHK.shape[:3], device=k_BTHK.device)
+        for scale in self._plan.writes:
+            scale(factors_BTH)
+        return k_BTHK.float() * factors_BTH[..., None]
 
     def at(self, stop: int, state_BHKV: Tensor) -> Tensor:
         """Take in the state after position `stop`, give the one that is handed on."""
         if self._record_before:
             state_BHKV = self._keep(stop, state_BHKV)
-        for edit in self._edits:
-            rows = edit.rows.get(stop, ())
-            if rows:
-                changed_BHKV = edit.function(state_BHKV.clone(), self._point)
-                state_BHKV = _in_rows(rows, changed_BHKV, state_BHKV)
+        for function in self._plan.edits.get(stop, ()):
+            state_BHKV = function(state_BHKV.clone(), self._point)
         return self._keep(stop, state_BHKV) if self._record_after else state_BHKV
 
     def _keep(self, stop: int, state_BHKV: Tensor) -> Tensor:
-        for index, rows in enumerate(self._captured):
-            if meant := rows.get(stop, ()):
+        for place, stops in enumerate(self._plan.captured):
+            if rows := stops.get(stop):
                 state_B1HKV = state_BHKV[:, None]
                 if torch.is_grad_enabled():  # a loss can be differentiated only by tensors that lead to it
-                    if len(meant) < len(state_BHKV) or len(self._captured) > 1:
-                        raise HookError(
-                            f"{self._point}: where gradients are kept, states are captured at one position that is the "
-                            f"same in all sequences"
-                        )
                     state_B1HKV = state_B1HKV if state_B1HKV.requires_grad else state_B1HKV.clone().requires_grad_()
                     state_BHKV = state_B1HKV.squeeze(1)
-                before = self._kept.get(index)
-                self._kept[index] = state_B1HKV if before is None else _in_rows(meant, state_B1HKV, before)
+                before = self._kept.get(place)
+                self._kept[place] = state_B1HKV if before is None else _in_rows(rows, state_B1HKV, before)
         return state_BHKV
 
     def finish(self) -> None:
         """Give away what was captured [sequence, state_position, head, d_key, d_value], once the recurrence has run."""
-        if self._captured:
-            kept = [self._kept[index] for index in range(len(self._captured))]
-            self._record(self._point, kept[0] if len(kept) == 1 else torch.cat(kept, 1))
+        if self._plan.captured:
+            kept = [self._kept[place] for place in range(len(self._plan.captured))]
             self._kept = {}
+            self._record(self._point, kept[0] if len(kept) == 1 else torch.cat(kept, 1))
         self._end()
 
     def unrecorded(self) -> "StateTap":
-        return StateTap(
-            self._point, Request(), self._record, last=False, captured=(), edits=self._edits, writes=self.writes
-        )
+        request = Request(functions=self.functions)
+        return StateTap(self._point, request, self._record, last=False, plan=replace(self._plan, captured=()))
 
 
 def _in_rows(rows: tuple[int, ...], new: Tensor, old: Tensor) -> Tensor:
     """Give `new` in some of the sequences, `old` in the others."""
-    if len(rows) == len(old):
-        return new
     chosen = torch.zeros(len(old), dtype=torch.bool, device=old.device)
     chosen[list(rows)] = True
     return torch.where(chosen.view(-1, *(1,) * (old.dim() - 1)), new, old)
 
 
 def tap_states(
-    site: Site, request: Request, changes: Sequence[object], positions: Sequence[int] | None, record: Sink, last: bool
+    site: Site,
+    request: Request,
+    changes: Sequence[Intervention | NamedIntervention],
+    positions: Sequence[int],
+    *,
+    record: Sink,
+    last: bool,
+    gradients: bool,
 ) -> StateTap:
     """Make the tap of the states at a site, whose `sizes` have the positions of the batch as `position`.
 
     `changes` are interventions in their order, `positions` those after which states are captured, where they are.
-    Raises HookError for an intervention that cannot act on states, or does not say at which position.
+    Raises HookError for positions that are not there, for an intervention that cannot act on states or does not say at
+    which position, and for captures of more than one position where gradients are to flow through them.
     """
-    captured: list[Mapping[int, tuple[int, ...]]] = []
+    captured: list[Stops] = []
     if request.before or request.after:
-        rows = range(len(site.lengths))
-        captured = [_stops(position, site, rows, late=request.after) for position in positions or (-1,)]
-    edits: list[_Edit] = []
-    writes: Tensor | None = None
+        captured = [_captured(position, site) for position in positions]
+    if gradients and (len(captured) > 1 or any(len(stops) > 1 for stops in captured)):
+        raise HookError(
+            f"{site.point}: where gradients are kept, states are captured at one position, the same in all sequences"
+        )
+    plan = StatePlan(captured=captured)
     for change in changes:
+        if not isinstance(change, NamedIntervention):
+            raise HookError(
+                f"the intervention at {site.point} is a function, which is not told after which token it acts: give "
+                f"Apply(function).at(position=…)"
+            )
         try:
-            if isinstance(change, _OnWrites):
-                if writes is None:
-                    writes = torch.ones(*(site.sizes[dim] for dim in ("sequence", "position", "head")))
-                change.scale_writes(writes, site)
-            elif isinstance(change, NamedIntervention):
-                edits.append(_edit(change, site))
-            else:
-                raise HookError("a function is not told which position it is at: give Apply(function).at(position=…)")
+            _include(change, site, plan)
         except HookError as error:
-            raise HookError(f"{_called(change)} at {site.point}: {error}") from error
-    return StateTap(site.point, request, record, last, captured=captured, edits=edits, writes=writes)
+            raise HookError(f"{type(change).__name__} at {site.point}: {error}") from error
+    functions = tuple(function for at_stop in plan.edits.values() for function in at_stop)
+    return StateTap(site.point, replace(request, functions=functions), record, last, plan)
 
 
-def _called(change: object) -> str:
-    return type(change).__name__ if isinstance(change, NamedIntervention) else f"{change!r}"
+def _include(change: NamedIntervention, site: Site, plan: StatePlan) -> None:
+    if isinstance(change, _OnWrites):
+        plan.writes.append(change.bind_to_writes(site))
+        return
+    for stop, functions in _bound(change, site).items():
+        plan.edits.setdefault(stop, []).extend(functions)
 
 
-def _edit(change: NamedIntervention, site: Site) -> _Edit:
-    if "position" not in change.where:
-        raise HookError("there is a state after every token: say after which, .at(position=…)")
-    rest = {dim: index for dim, index in change.where.items() if dim != "position"}
-    address(site, change.where)
-    of_one = replace(site, sizes={dim: size for dim, size in site.sizes.items() if dim != "position"})
-    sequences = (
-        slice(None) if "sequence" not in rest else counted_along(rest["sequence"], "sequence", len(site.lengths))
-    )
-    rows = listed(sequences, len(site.lengths))
-    return _Edit(replace(change, where=rest).bind(of_one), _stops(change.where["position"], site, rows))
+def _captured(position: int, site: Site) -> Stops:
+    try:
+        (stops,) = _stops(position, site, range(len(site.lengths)))
+    except HookError as error:
+        raise HookError(f"{site.point}: {error}") from error
+    return stops
 
 
-def _stops(position: Index, site: Site, rows: Sequence[int], *, late: bool = False) -> dict[int, tuple[int, ...]]:
-    """Give the positions of the batch that are meant, and for each the sequences in which it is. `late`: the state
-    after a sequence's last token, which padding does not change, is looked at where the longest ends, to save stops.
-    """
-    longest = max(site.lengths)
-    found = per_length(position, "position", site.lengths, rows)
-    stops: dict[int, tuple[int, ...]] = {}
+def _stops(index: Index, site: Site, rows: Sequence[int]) -> list[dict[int, tuple[int, ...]]]:
+    """Give the stops of each place that an index along positions names in these sequences.
+
+    After a sequence's last token the recurrence pauses only where the longest ends: padding changes no state."""
+    found = per_length(index, "position", site.lengths, rows)
+    places: list[dict[int, tuple[int, ...]]] = []
     for row in rows:
         length = site.lengths[row]
-        for place in listed(found[length], length):
-            place = longest - 1 if late and place == length - 1 else place
-            stops[place] = (*stops.get(place, ()), row)
-    return stops
+        for n, place in enumerate(listed(found[length], length)):
+            stop = max(site.lengths) - 1 if place == length - 1 else place
+            if n == len(places):
+                places.append({})
+            places[n][stop] = (*places[n].get(stop, ()), row)
+    return places
+
+
+def _bound(change: NamedIntervention, site: Site) -> dict[int, list[Intervention]]:
+    """Bind an intervention to every position that it names: to the state there of the sequences which have it there,
+    with what its values hold for them."""
+    if "position" not in change.where:
+        raise HookError("there is a state after every token: say after which, .at(position=…)")
+    whole = address(site, change.where)
+    change.bind(site)  # which refuses what does not fit the part as a whole
+    n_sequences = len(site.lengths)
+    index = counted(change.where.get("sequence", slice(None)), "sequence", n_sequences)
+    rows = listed(index, n_sequences)
+    of_one = replace(site, sizes={dim: size for dim, size in site.sizes.items() if dim != "position"})
+    rest = {dim: index for dim, index in change.where.items() if dim != "position"}
+    bound: dict[int, list[Intervention]] = {}
+    for place, stops in enumerate(_stops(change.where["position"], site, rows)):
+        for stop, meant in stops.items():
+            some = [n for n, row in enumerate(rows) if row in meant]
+            part = _part_of(change, whole, place, some)
+            where = rest if len(some) == len(rows) else {**rest, "sequence": [rows[n] for n in some]}
+            bound.setdefault(stop, []).append(replace(part, where=where).bind(of_one))
+    return bound
+
+
+def _part_of(change: NamedIntervention, part: Part, place: int, rows: Sequence[int]) -> NamedIntervention:
+    """Give an intervention with what its values, which broadcast to a part, hold for one of its positions and some of
+    its sequences, both counted within the part."""
+    dims = tuple(part.sizes)
+    picked: dict[str, Any] = {}
+    for name in (one.name for one in fields(change) if one.name != "where"):
+        given = getattr(change, name)
+        if callable(given) or not isinstance(value := real(given, name), Tensor):
+            continue
+        axis = {dim: n - len(dims) + value.dim() for n, dim in enumerate(dims)}
+        if axis.get("sequence", -1) >= 0 and value.shape[0] > 1:
+            value = value[list(rows)]
+        if (along := axis.get("position", -1)) >= 0:
+            value = value.select(along, place if value.shape[along] > 1 else 0)
+        picked[name] = value
+    return replace(change, **picked)

@@ -4,6 +4,7 @@ A `HookSpec` says what is wanted, a `Taps` is that checked against one model for
 looks a point up only in blocks that have taps, so that points nobody asked for cost no call.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -56,8 +57,10 @@ class HookSpec:
 
         `positions` says after which tokens recurrent states, `rwkv.hook_state`, are captured (negative numbers count
         from the end of each sequence); None: after the last one. One forward captures states at one list of positions.
+        At a position before the last one the recurrence pauses, and what comes after it may be rounded otherwise.
+        Raises HookError for what is no list of whole numbers.
         """
-        chosen = None if positions is None else tuple(positions)
+        chosen = None if positions is None else _whole_numbers(positions)
         added = CaptureRequest(patterns=patterns, before=before, positions=chosen)
         return replace(self, captures=(*self.captures, added))
 
@@ -65,9 +68,10 @@ class HookSpec:
         """Add what is done at every point the pattern names. Several at one point act in the order in which they were
         added.
 
-        Either a named intervention (`Replace`, `Add`, `Scale`, `Zero`, `Apply`, `Knockout`, `SteerAttention`), or a
-        function that is called with the value and the point and whose result flows on: it must have the shape, dtype
-        and device of what was given; the forward raises HookError otherwise.
+        Either a named intervention (`Replace`, `Add`, `Scale`, `Zero`, `Apply`, `Knockout`, `SteerAttention`,
+        `StateKnockout`, `StateSteering`), or a function that is called with the value and the point and whose result
+        flows on: it must have the shape, dtype and device of what was given; the forward raises HookError otherwise.
+        Recurrent states take named interventions only, those that change the state itself `.at(position=…)`.
         """
         return replace(self, changes=(*self.changes, ChangeRequest(pattern=pattern, function=function)))
 
@@ -77,6 +81,13 @@ class HookSpec:
 
 
 EMPTY = HookSpec()
+
+
+def _whole_numbers(positions: object) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, positions))  # type: ignore[call-overload]
+    except TypeError:
+        raise HookError(f"positions={positions!r}: a list of whole numbers is expected, such as [0, -1]") from None
 
 
 class Finished(Exception):

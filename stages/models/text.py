@@ -8,17 +8,14 @@ unless said.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Vocabulary
+from .checkpoint import Tokenizer, Vocabulary
 from .errors import ModelError
 from .offsets import EncodingWithOffsets
-
-if TYPE_CHECKING:
-    import tokenizers
 
 Ids: TypeAlias = Tensor | Sequence[int]
 """Token ids of one text: integers [position], or [1, position] as `to_tokens` gives them."""
@@ -41,7 +38,7 @@ def tokenizer_of(vocabulary: Vocabulary, *, parse_special: bool = True) -> "Mode
 class ModelTokenizer:
     """A model's tokenizer with the model's own conventions. Made by `tokenizer_of`."""
 
-    tokenizer: "tokenizers.Tokenizer" = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     vocabulary: Vocabulary = field(repr=False)
 
     @overload
@@ -72,8 +69,7 @@ class ModelTokenizer:
         checked = self._checked(ids)
         if continues:
             return self._added([checked])[0]
-        text: str = self.tokenizer.decode(checked, skip_special_tokens=False)
-        return text
+        return self.tokenizer.decode(checked, skip_special_tokens=False)
 
     def to_str_tokens(self, text: str | Ids, prepend_bos: bool | None = None) -> list[str]:
         """Give the text of every token, of a text (see `to_tokens`) or of token ids: `["<|endoftext|>", "The",
@@ -156,12 +152,12 @@ class ModelTokenizer:
     def _added(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of rows of ids behind another token: some decoders take the space off the first token of a text."""
         before = self.tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-        prefix: str = self.tokenizer.decode(before, skip_special_tokens=False)
+        prefix = self.tokenizer.decode(before, skip_special_tokens=False)
         texts = self.tokenizer.decode_batch([[*before, *row] for row in rows], skip_special_tokens=False)
         return [text.removeprefix(prefix) for text in texts]
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [*self._first(ids, prepend_bos), *ids]
 
     def _first(self, ids: Sequence[int], prepend_bos: bool | None) -> tuple[int, ...]:

@@ -97,31 +97,39 @@ def write_pth(path: Path, version: int, *, seed: int = 0, **sizes: int) -> Path:
 _SETTINGS = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
 
 
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 @functools.cache
-def _package(version: int) -> ModuleType:
-    """The package's one module, which decides when it is imported which version it runs."""
+def _package(version: int, dtype: str) -> ModuleType:
+    """The package's one module, which decides when it is imported which version it runs; and it keeps the dtype of the
+    model that was loaded last, so that every dtype has a module of its own."""
     found = importlib.util.find_spec("rwkv")
     assert found is not None
     assert found.submodule_search_locations
     file = Path(found.submodule_search_locations[0]) / "model.py"
-    spec = importlib.util.spec_from_file_location(f"rwkv_model_{version}", file)
+    spec = importlib.util.spec_from_file_location(f"rwkv_model_{version}_{dtype}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     settings = _SETTINGS | {"RWKV_V7_ON": str(int(version == 7))}
-    with mock.patch.dict(os.environ, settings), contextlib.redirect_stdout(io.StringIO()):
+    as_written = {"ScriptModule": torch.nn.Module, "script_method": _as_it_is, "script": _as_it_is}
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    # torch.jit is deprecated, which warns, and what it compiles it cannot compile twice.
+    with mock.patch.dict(os.environ, settings), mock.patch.multiple(torch.jit, **as_written), quiet:
         spec.loader.exec_module(module)
     return module
 
 
 class Theirs:
-    """A .pth file run by the package `rwkv` on the CPU in float32."""
+    """A .pth file run by the package `rwkv` on the CPU, in float32 ("fp32") or bfloat16 ("bf16")."""
 
-    def __init__(self, path: Path, version: int) -> None:
+    def __init__(self, path: Path, version: int, dtype: str = "fp32") -> None:
         self.version = version
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ, _SETTINGS):
             name = str(path.with_suffix("")) if version == 7 else str(path)
-            self._model = _package(version).RWKV(name, "cpu fp32")
+            self._model = _package(version, dtype).RWKV(name, f"cpu {dtype}")
 
     def run(self, ids: Sequence[int], state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Logits [position, vocab], and the state: for every layer what entered time mixing, the matrices of its heads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from forebay.stages.models.errors import HookError
+from forebay.stages.models.families import parse_config
 from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
 from forebay.stages.models.model import Model
-from forebay.stages.models.points import AFTER, BLOCK, HookPoint
+from forebay.stages.models.points import BLOCK, HookPoint
 from forebay.stages.models.taps import HookSpec
+
+from .conftest import ODD
 
 RAGGED = (40, 13, 1, 26)
 POINT = "blocks.1.hook_resid_mid"
@@ -77,7 +81,8 @@ def any_index(size: int, rng: random.Random, *, from_start: bool = False) -> Any
     )
 
 
-KINDS = ("hook_embed", *BLOCK, *AFTER)
+LLAMA, _ = parse_config({**ODD, "model_type": "llama"}, {}, Path("odd"))
+KINDS = tuple(dict.fromkeys(point.kind for point in LLAMA.points()))
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -14,15 +14,18 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from forebay.stages.models.errors import HookError
+from forebay.stages.models.families import parse_config
 from forebay.stages.models.interventions import Add, Apply, NamedIntervention, Replace, Scale, Zero
 from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
-from forebay.stages.models.points import AFTER, BLOCK, HookPoint
+from forebay.stages.models.points import BLOCK, HookPoint
 from forebay.stages.models.taps import HookSpec
 
+from .conftest import ODD
 from .edited import edited_logits
 
-KINDS = ("hook_embed", *BLOCK, *AFTER)
+LLAMA, _ = parse_config({**ODD, "model_type": "llama"}, {}, Path("odd"))
+KINDS = tuple(dict.fromkeys(point.kind for point in LLAMA.points()))
 EDGES = ("attn.hook_attn_scores", "attn.hook_pattern")
 POINT = "blocks.1.hook_resid_mid"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ModelError, UnverifiedModelWarning
 from ..spec import ModelSpec
-from . import gemma, gpt2, gpt_neox, llama, olmo, phi, qwen, starcoder2
+from . import gemma, gpt2, gpt_neox, llama, olmo, phi, qwen, rwkv_folders, starcoder2
 from .auto import infer
 from .config import Config
 from .family import Family
@@ -29,6 +29,8 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": phi.PHI3,
     "qwen2": qwen.QWEN2,
     "qwen3": qwen.QWEN3,
+    "rwkv6": rwkv_folders.RWKV6,
+    "rwkv7": rwkv_folders.RWKV7,
     "starcoder2": starcoder2.STARCODER2,
 }
 """The families by the `model_type` of their config.json. A new one is a parser, a table of names and a row here."""
@@ -52,7 +54,8 @@ def parse_config(
         advice = "Compare its logits with its own implementation before you trust a number."
         warnings.warn(f"{report}\n{advice}", UnverifiedModelWarning, stacklevel=2)
         return spec, layout
-    config = Config(values, str(folder / "config.json"))
+    family = family.as_stored(shapes)
+    config = Config(values, str(folder / "config.json"), shapes)
     spec = family.parse(config)
     config.refuse_the_rest()
     return spec, family.layout

@@ -1,6 +1,7 @@
 """Reading a config.json with nothing passed over: every key is honoured, known not to matter, or refused."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelError, nearest
@@ -55,12 +56,16 @@ _REQUIRED = object()
 class Config:
     """A config.json that remembers which of its keys were asked for, so that the rest can be refused.
 
-    `values` is the parsed file, `where` names it in messages.
+    `values` is the parsed file, `where` names it in messages, `shapes` are those of the checkpoint's tensors by name,
+    for families whose settings may leave to them what they tell.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], where: str, shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> None:
         self._values = values
         self._where = where
+        self._shapes = shapes
         self._taken: set[str] = set()
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -79,6 +84,32 @@ class Config:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refusal(key, value, "a whole number above 0")
         return value
+
+    def count_if(self, key: str) -> int | None:
+        """The same, or None where there is none, or null."""
+        return None if self.take(key, None) is None else self.count(key)
+
+    def size(self, key: str, makes: int | None, tensor: str, axis: int, default: int | None = None) -> int:
+        """Give the size of a tensor along an axis: what a setting makes it, what it is, or both, else the default.
+
+        `makes` is what the setting comes to, None where it says nothing. Raises ModelError where setting and tensor
+        differ, and where neither says anything and there is no default.
+        """
+        shape = self._shape(tensor)
+        found = None if shape is None or len(shape) <= axis else shape[axis]
+        if makes is not None and found is not None and makes != found:
+            raise ModelError(
+                f"{self._where} says {key} = {self._values[key]!r}, so {tensor} would have {makes} along axis {axis}, "
+                f"but its shape is {shape}"
+            )
+        given = makes if makes is not None else found if found is not None else default
+        if not given:
+            raise ModelError(f"neither {self._where} gives {key!r}, nor a tensor {tensor} that would tell")
+        return given
+
+    def _shape(self, tensor: str) -> tuple[int, ...] | None:
+        """The shape of a tensor; names in a base model that was saved alone lack their first part."""
+        return self._shapes.get(tensor) or self._shapes.get(tensor.partition(".")[2])
 
     def whole(self, key: str, default: Any = _REQUIRED) -> int:
         """Give a whole number, 0 included. Raises ModelError for anything else."""

@@ -180,6 +180,15 @@ def with_layer(name: str) -> str:
     return re.sub(r"(^|(?<=\.))\d+(?=\.)", "{layer}", name, count=1)
 
 
+def count_known(layout: Layout, names: Iterable[str]) -> int:
+    """Give how many kinds of tensors that a layout has are among some names, layers not being told apart."""
+    stems = set(layout.names.values())
+    whole = set(layout.tensors.values())
+    found = {layout.prefix + name.removeprefix(layout.prefix) for name in names} | set(names)
+    general = {with_layer(name) for name in found}
+    return sum(name in whole or name.rpartition(".")[0] in stems for name in general)
+
+
 def unembedding_again(spec: ModelSpec, layout: Layout) -> str | None:
     """The tensor in which a tied unembedding may be stored once more, equal to the embedding; None if not tied."""
     return f"{layout.names['unembed']}.weight" if spec.tied and "unembed" in layout.names else None

@@ -125,7 +125,8 @@ def check_known(
     watched = Watched(values)
     say = functools.partial(CompatibilityReport, where=str(folder), model_type=name, known=True, resembles=name)
     try:
-        spec = family.parse(Config(watched, str(folder / "config.json")))
+        family = family.as_stored(shapes)
+        spec = family.parse(Config(watched, str(folder / "config.json"), shapes))
     except ModelError as error:
         return say(problems=(str(error),))
     tensors = compare_tensors(spec, family.layout, shapes)
@@ -181,7 +182,11 @@ _FOREIGN: Mapping[str, str] = {
     r"decoder\.layers\.": "OPT and encoder-decoder models (decoder.layers.)",
     r"(bert|encoder)\.(layer|block)s?\.": "BERT and other encoders (encoder.layer.)",
     r"backbone\.layers\.|\.mixer\.": "Mamba and other state-space models (backbone.layers., mixer)",
-    r"rwkv|\.time_(mix|decay)|blocks\.\d+\.(att|ffn)\.": "RWKV (rwkv., att.time_mix)",
+    r"\.time_(mix_|first)": "RWKV-4 and RWKV-5 (time_mix_key, time_first); versions 6 and 7 can be read",
+    r"\.time_state$": "states that were trained for a model of RWKV (time_state)",
+    r"\.s_emb": "variants of RWKV with an embedding in every layer (s_emb)",
+    r"(^|\.)blocks\.\d+\.(att|ffn)\.": "RWKV as its authors publish it (blocks.N.att.): load the .pth file itself",
+    r"\.time_maa_|\.x_[rwkvagx]$|\.r_k$": "RWKV-6 and RWKV-7 (time_maa_x, x_r): their model_type is rwkv6 or rwkv7",
     r"\.(linear_attn|conv1d|short_conv)\.": "mixtures of attention with a recurrence (linear_attn, conv1d)",
     r"experts?\.|\.router\.|block_sparse_moe|\.shared_expert": "mixtures of experts (experts, router)",
     r"\.(q_a|kv_a|kv_b)_(proj|layernorm)": "multi-head latent attention, DeepSeek's (kv_a_proj, kv_b_proj)",

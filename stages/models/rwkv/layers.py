@@ -26,7 +26,7 @@ class RwkvBlocks(Blocks):
     def start(self, lengths: Sequence[int], states: RecurrentStates | None) -> Run:
         if states is None:
             states = RecurrentStates.zero(self._spec, len(lengths), self._device, self._dtype)
-        states.check(self._spec, len(lengths))
+        states.check(self._spec, len(lengths), self._dtype)
         return _Run(self._spec, self._weights, states, self._stretch(lengths, max(lengths)))
 
     def past(self, n_sequences: int, n_positions: int) -> Past:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import HookError
 from ..parts import ACTIVATIONS
-from ..points import EFFECTIVE_ATTN
+from ..points import EFFECTIVE_ATTN, STATE
 from ..spec import ModelSpec
 from ..state_taps import StateTap
 from ..taps import At, changes, flows
@@ -41,7 +41,7 @@ class Stretch:
     def last(self, x_BTD: Tensor, before_BD: Tensor) -> Tensor:
         """Give what stands at each sequence's last token, or stood before this run where it has none in it."""
         if self.within_BT is None:
-            return x_BTD[:, -1]
+            return x_BTD[:, -1].clone()  # a view would keep what stood at every token alive
         rows = torch.arange(len(x_BTD), device=x_BTD.device)
         last_BD = x_BTD[rows, self.counts_B.clamp_min(1) - 1]
         return torch.where((self.counts_B == 0)[:, None], before_BD, last_BD)
@@ -99,18 +99,16 @@ def _bonus(wkv: Wkv, bonus_HE: Tensor) -> Tensor:
 
 def _recur(wkv: Wkv, bonus_HE: Tensor | None, state_BHKV: Tensor, stretch: Stretch, at: At) -> tuple[Tensor, Tensor]:
     """Run the recurrence, stopping where a state is looked at or changed. With the bonus of version 6."""
-    tap = at.get("rwkv.hook_state")
-    states = tap if isinstance(tap, StateTap) else None
+    states = at.get(STATE)
     driven = stretch.without_padding(wkv)
-    if states is not None and states.writes is not None:
-        driven = replace(driven, k=driven.k * states.writes[..., None].to(driven.k))
     read: list[Tensor] = []
     first, n_positions = 0, wkv.r.shape[1]
-    for stop in states.stops if states is not None else ():
-        y_BTHE, state_BHKV = recur(driven.part(first, stop + 1), state_BHKV)
-        read.append(y_BTHE)
-        assert states is not None
-        first, state_BHKV = stop + 1, states.at(stop, state_BHKV)
+    if isinstance(states, StateTap):
+        driven = replace(driven, k=states.written(driven.k))
+        for stop in states.stops:
+            y_BTHE, state_BHKV = recur(driven.part(first, stop + 1), state_BHKV)
+            read.append(y_BTHE)
+            first, state_BHKV = stop + 1, states.at(stop, state_BHKV)
     if first < n_positions:
         y_BTHE, state_BHKV = recur(driven.part(first, n_positions), state_BHKV)
         read.append(y_BTHE)
@@ -120,7 +118,7 @@ def _recur(wkv: Wkv, bonus_HE: Tensor | None, state_BHKV: Tensor, stretch: Stret
     if EFFECTIVE_ATTN in at:
         own_BTH = None if bonus_HE is None else own_weight(wkv, bonus_HE)
         y_BTHE = _attend(y_BTHE, driven, own_BTH, at)
-    if states is not None:
+    if isinstance(states, StateTap):
         states.finish()
     return y_BTHE, state_BHKV
 
@@ -156,7 +154,7 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def _decay(log_decay_BTHE: Tensor, at: At) -> Tensor:
+def _decay(log_decay_BTHE: Tensor, layer: int, at: At) -> Tensor:
     """Fire the point of the decay, and give its logarithm."""
     if "rwkv.hook_decay" not in at:
         return log_decay_BTHE
@@ -165,7 +163,9 @@ def _decay(log_decay_BTHE: Tensor, at: At) -> Tensor:
     if not flows(at, "rwkv.hook_decay"):
         return log_decay_BTHE
     if changes(at, "rwkv.hook_decay") and not bool((decay_BTHE >= 0).all()):
-        raise HookError("an intervention at rwkv.hook_decay gave a factor below 0, or NaN; decays are from 0 on")
+        raise HookError(
+            f"an intervention at blocks.{layer}.rwkv.hook_decay gave a factor below 0, or NaN; decays are from 0 on"
+        )
     changed_BTHE = decay_BTHE.clamp_min(torch.finfo(decay_BTHE.dtype).tiny).log()
     if torch.is_grad_enabled():
         return changed_BTHE
@@ -186,7 +186,7 @@ def _finch(
     for_r, for_w, for_k, for_v, for_g = torch.addcmul(x_BTD, delta_BTD, mix_nBTD)
     r_BTHE = _fire(_heads(F.linear(for_r, w.r), spec), "rwkv.hook_r", at)
     omega_BTA = _low_rank(for_w, w.decay, torch.tanh).float()
-    log_decay_BTHE = _decay(_heads(-omega_BTA.exp(), spec), at)
+    log_decay_BTHE = _decay(_heads(-omega_BTA.exp(), spec), layer, at)
     k_BTHE = _fire(_heads(F.linear(for_k, w.k), spec), "rwkv.hook_k", at)
     v_BTHE = _fire(_heads(F.linear(for_v, w.v), spec), "rwkv.hook_v", at)
     gate_BTHE = _fire(_heads(F.silu(F.linear(for_g, w.g)), spec), "rwkv.hook_g", at)
@@ -207,7 +207,7 @@ def _goose(
     for_r, for_w, for_k, for_v, for_a, for_g = (torch.addcmul(x_BTD, delta_BTD, mix_D) for mix_D in w.mix)
     r_BTHE = _fire(_heads(F.linear(for_r, w.r), spec), "rwkv.hook_r", at)
     omega_BTA = _low_rank(for_w, w.decay, torch.tanh).float()
-    log_decay_BTHE = _decay(_heads(-_SLOWEST * omega_BTA.sigmoid(), spec), at)
+    log_decay_BTHE = _decay(_heads(-_SLOWEST * omega_BTA.sigmoid(), spec), layer, at)
     rate_BTHE = _fire(_heads(_low_rank(for_a, w.rate, _as_it_is).sigmoid(), spec), "rwkv.hook_a", at)
     k_BTA = F.linear(for_k, w.k)
     removal_BTHE = F.normalize(_heads(k_BTA * w.removal, spec), dim=-1)

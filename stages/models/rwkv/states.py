@@ -52,16 +52,24 @@ class RecurrentStates:
             )
         )
 
-    def check(self, spec: ModelSpec, n_sequences: int) -> None:
-        """Raise ModelError for states that are not those of this many sequences in a model of these sizes."""
-        layer = self.layers[0]
-        expected = ((n_sequences, spec.n_heads, spec.d_head, spec.d_head), (n_sequences, spec.d_model))
-        found = (tuple(layer.wkv.shape), tuple(layer.time_shift.shape))
-        if len(self.layers) != spec.n_layers or found != expected:
-            raise ModelError(
-                f"the states are of {len(self.layers)} layers and shapes {found[0]} and {found[1]}; this model and "
-                f"these sequences take {spec.n_layers} layers, {expected[0]} and {expected[1]}"
-            )
+    def check(self, spec: ModelSpec, n_sequences: int, dtype: torch.dtype) -> None:
+        """Raise ModelError for states that are not those of this many sequences in a model of these sizes and dtype."""
+        if len(self.layers) != spec.n_layers:
+            raise ModelError(f"the states are of {len(self.layers)} layers; this model has {spec.n_layers}")
+        expected = {
+            "wkv": ((n_sequences, spec.n_heads, spec.d_head, spec.d_head), torch.float32),
+            "time_shift": ((n_sequences, spec.d_model), dtype),
+            "channel_shift": ((n_sequences, spec.d_model), dtype),
+        }
+        for number, layer in enumerate(self.layers):
+            for name, (shape, as_) in expected.items():
+                found = getattr(layer, name)
+                if found.shape != shape or found.dtype != as_:
+                    raise ModelError(
+                        f"the states of layer {number} have {name} of shape {tuple(found.shape)} and dtype "
+                        f"{found.dtype}; {n_sequences} sequences in this model take {shape} and {as_}. A forward of "
+                        f"the same model gives states, and .select(…) those of some of its sequences"
+                    )
 
 
 def state_bytes(spec: ModelSpec, n_sequences: int, dtype: torch.dtype) -> int:

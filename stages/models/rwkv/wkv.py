@@ -52,12 +52,17 @@ def recur(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     n_sequences, n_positions, n_heads, n_channels = wkv.r.shape
     if n_positions <= _FEW_TOKENS:
         return step_by_step(wkv, state_BHKV)
-    at_once = max(_WHOLE_CHUNKS, _AT_ONCE // (n_sequences * n_heads * n_channels) // _WHOLE_CHUNKS * _WHOLE_CHUNKS)
+    at_once = positions_at_once(n_sequences * n_heads * n_channels)
     read: list[Tensor] = []
     for first in range(0, n_positions, at_once):
         y_BTHV, state_BHKV = chunked(wkv.part(first, first + at_once), state_BHKV)
         read.append(y_BTHV)
     return read[0] if len(read) == 1 else torch.cat(read, 1), state_BHKV
+
+
+def positions_at_once(n_channels: int) -> int:
+    """Give how many positions `recur` lays out in chunks at a time, each of this many channels in all sequences."""
+    return max(_WHOLE_CHUNKS, _AT_ONCE // n_channels // _WHOLE_CHUNKS * _WHOLE_CHUNKS)
 
 
 def step_by_step(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
