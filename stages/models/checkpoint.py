@@ -67,9 +67,9 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer at rest: `build` makes it; `add_bos` says whether the model was trained with a
-    beginning-of-sequence token before every text. `stops` are all ids that end a text or a turn, `special.eos` first
-    where there is one; `chat` the model's chat templates."""
+    """A tokenizer at rest: `build` makes it; `add_bos` says whether the model was trained with a beginning-of-sequence
+    token before every text. `stops` are all ids that end a text or a turn, `special.eos` first where there is one;
+    `chat` the model's chat templates."""
 
     build: Callable[[], Tokenizer]
     special: SpecialTokens

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _BLOCK = 2**18  # bytes that are cut at a time, so that memory grows with the tokens of a text only
+_SHORT = 128  # bytes that are tokenised sooner than cut
 _LONGEST_KEPT, _MOST_KEPT = 32, 2**16  # bytes of a piece, and pieces, whose tokens are remembered
 _TOKEN = -1
 
@@ -38,6 +39,8 @@ class LongestMatch:
 
     def encode(self, source: bytes) -> list[int]:
         """Give the ids of the tokens that bytes are made of: joined, the tokens are the bytes."""
+        if len(source) <= _SHORT:
+            return self._walk(source)
         ids: list[int] = []
         known, start = self._known, 0
         for cuts in self._cuts(source):

@@ -49,7 +49,7 @@ class WorldTokens:
         return {name: token_id for token_id, name in self.names.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorldEncoding:
     """A text and its tokens; offsets and names are worked out when asked for."""
 

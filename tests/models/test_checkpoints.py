@@ -75,7 +75,7 @@ def test_what_is_not_there_is_explained(source: str, message: str) -> None:
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
-    with pytest.raises(ModelError, match=r"model\.onnx is neither a \.gguf file nor a folder"):
+    with pytest.raises(ModelError, match=r"model\.onnx is neither a \.gguf or \.pth file nor a folder"):
         open_checkpoint(tmp_path / "model.onnx")
 
 

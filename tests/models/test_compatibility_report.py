@@ -201,7 +201,7 @@ FOREIGN: Mapping[str, tuple[Json, str]] = {
         "GPT-J, GPT-Neo and CodeGen",
     ),
     "mixtral": ({**SMALL, "num_local_experts": 2}, "mixtures of experts (experts, router)"),
-    "rwkv": ({**_TINY, "hidden_size": 64, "num_hidden_layers": 2}, "RWKV (rwkv., att.time_mix)"),
+    "rwkv": ({**_TINY, "hidden_size": 64, "num_hidden_layers": 2}, "RWKV-4 and RWKV-5 (time_mix_key, time_first)"),
 }
 
 

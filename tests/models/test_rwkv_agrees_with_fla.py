@@ -1,11 +1,14 @@
 """Folders that flash-linear-attention (fla) saves itself, run by its own kernels in Triton's interpreter on the CPU.
 
-Needs the packages flash-linear-attention and triton, and is skipped without them.
+Needs the packages flash-linear-attention and triton, and the interpreter from the start of the process:
+
+TRITON_INTERPRET=1 pytest -m slow tests/models/test_rwkv_agrees_with_fla.py
 """
 
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,11 @@ from forebay.stages.models.load import load_model
 
 from .rwkv_layouts import Json
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="asks for TRITON_INTERPRET=1"),
+]
 
 SMALL: Json = {
     "hidden_size": 32,
@@ -49,18 +56,16 @@ MODELS: dict[str, tuple[int, Json]] = {
 
 @pytest.fixture(scope="module")
 def fla() -> Any:
-    """The package's models, whose kernels are interpreted, each with the first of its ways to be split up: which of
-    them is fastest is measured on a device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pytest.importorskip("triton")
-        models = pytest.importorskip("fla.models")
-        from triton.runtime.autotuner import Autotuner
+    """The package's models, each of whose kernels is split up in the first of its ways: which of them is fastest is
+    measured on a device."""
+    pytest.importorskip("triton")
+    models = pytest.importorskip("fla.models")
+    from triton.runtime.autotuner import Autotuner
 
-        for kernel in gc.get_objects():
-            if isinstance(kernel, Autotuner):
-                kernel.configs = kernel.configs[:1]
-        yield models
+    for kernel in gc.get_objects():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = kernel.configs[:1]
+    return models
 
 
 def theirs(fla: Any, version: int, settings: Json) -> Any:
@@ -73,20 +78,16 @@ def theirs(fla: Any, version: int, settings: Json) -> Any:
     return model
 
 
-@pytest.mark.parametrize("n_tokens", [20, 70], ids=["token by token", "in chunks"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_that_fla_saved_gives_the_logits_that_fla_gives(
-    name: str, n_tokens: int, fla: Any, tmp_path: Path
-) -> None:
+def test_a_folder_that_fla_saved_gives_the_logits_that_fla_gives(name: str, fla: Any, tmp_path: Path) -> None:
+    """Of fewer tokens than 64, which fla runs one by one; its kernels for longer texts the interpreter cannot run."""
     version, settings = MODELS[name]
     model = theirs(fla, version, settings)
-    ids = torch.randint(0, 70, (2, n_tokens), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, 70, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected: Tensor = model(ids, use_cache=False).logits
     model.save_pretrained(tmp_path)
     ours = load_model(tmp_path, device="cpu")
     found = ours.forward(ids).logits
     assert ours.spec.n_parameters == sum(weight.numel() for weight in set(model.parameters()))
-    # Fused, fla adds 1e-6 to the square of what it divides removal keys by; their authors do not.
-    tolerance = 1e-4 if settings.get("fuse_norm") else 2e-6
-    assert (found - expected).norm() < tolerance * expected.norm()
+    assert (found - expected).norm() < 2e-6 * expected.norm()

@@ -36,7 +36,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
     "six layers": {"n_layers": 6},
 }
 """What differs from `rwkv_models.SIZES`. The package wants as many channels in all heads as in the stream."""
-LENGTHS = (1, 2, 5, 16, 31, 32, 33, 100)
+LENGTHS = (1, 2, 31, 32, 33, 100)
 """On both sides of where one form of the recurrence ends and another begins, and of its chunks' ends."""
 
 
@@ -188,14 +188,14 @@ def test_the_package_is_no_nearer_to_the_equations_than_forebay(pairs: Pairs, ve
 
 @VERSIONS
 def test_bfloat16_costs_no_more_precision_than_in_the_package(tmp_path: Path, version: int) -> None:
-    ours, theirs, n_models = 0.0, 0.0, 5
+    ours, theirs, n_models = 0.0, 0.0, 3
     for seed in range(n_models):
         # Weights that bfloat16 holds exactly, so that only the computation rounds.
         drawn = random_tensors(version, seed=seed)
         tensors = {name: tensor.bfloat16().float() for name, tensor in drawn.items()}
         path = tmp_path / f"{seed}.pth"
         torch.save(tensors, path)
-        ids = some_ids(60, seed=seed)
+        ids = some_ids(25, seed=seed)
         truth = rwkv_naive.run(tensors, version, ids).logits
         out = load_model(path, device="cpu", dtype="bfloat16").forward([ids])
         assert out.logits is not None

@@ -150,7 +150,7 @@ def check(found: Mapping[str, Tensor], case: Case, positions: Sequence[int], bou
     assert not off
 
 
-LENGTHS = {"one layer of one head": 512, "narrower than the stream": 200}
+LENGTHS = {"one layer of one head": 512, "narrower than the stream": 130}
 
 
 @VERSIONS
@@ -159,7 +159,7 @@ LENGTHS = {"one layer of one head": 512, "narrower than the stream": 200}
 def test_in_float64_every_point_is_what_the_equations_say(
     cases: Cases, version: int, shape: str, decays: str | None
 ) -> None:
-    case = cases(version, shape, decays, LENGTHS.get(shape, 70))
+    case = cases(version, shape, decays, LENGTHS.get(shape, 50))
     with float64_throughout():
         at = open_checkpoint(case.path)
         cpu = torch.device("cpu")
@@ -176,7 +176,7 @@ def test_in_float64_every_point_is_what_the_equations_say(
 def test_in_float32_every_layer_is_as_near_as_it_can_be(
     cases: Cases, version: int, shape: str, decays: str | None, positions: list[int]
 ) -> None:
-    case = cases(version, shape, decays, LENGTHS.get(shape, 70))
+    case = cases(version, shape, decays, LENGTHS.get(shape, 50))
     hooks = HookSpec()
     for name, value in case.truth.values.items():
         if name.endswith(("hook_resid_pre", "hook_final_norm")):

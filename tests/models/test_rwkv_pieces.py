@@ -319,3 +319,22 @@ def test_a_sequence_that_has_ended_does_not_touch_the_others(make: Make, version
     for ids, one in zip(free, stopped, strict=True):
         assert one.token_ids.tolist() == (ids[: ids.index(stop)] if stop in ids else ids)
         assert one.stopped_by == (stop if stop in ids else None)
+
+
+@VERSIONS
+def test_a_sequence_of_which_nothing_comes_for_a_while_goes_on_where_it_was(make: Make, version: int) -> None:
+    model = make(version).model
+    rows = [some_ids(24, 1), some_ids(24, 2), some_ids(24, 3)]
+    past, seen = model.remember(3, 24), [0, 0, 0]
+    found: list[list[Tensor]] = [[], [], []]
+    for counts in ([5, 0, 1], [0, 9, 0], [0, 0, 0], [1, 1, 1], [18, 14, 22]):
+        width = max(*counts, 1)
+        pieces = [row[at : at + n] + [69] * (width - n) for row, at, n in zip(rows, seen, counts, strict=True)]
+        with torch.no_grad():
+            resid_BTD = model.extend(torch.tensor(pieces), counts, past)
+        for row, n in enumerate(counts):
+            found[row].append(resid_BTD[row, :n])
+            seen[row] += n
+    expected = model.forward(rows, HookSpec().capture(f"blocks.{model.spec.n_layers - 1}.hook_resid_post"))
+    for row, resid in enumerate(found):
+        assert error(torch.cat(resid), next(iter(expected.captures.values()))[row]) <= BOUND, row

@@ -41,6 +41,7 @@ hooks = ["hook_embed", "blocks.{0,2}.hook_resid_post"]
 dtype = "bfloat16"
 store_dtype = "float16"
 batch = 3
+state_positions = [0, -1]
 unit_tokens = 512
 threads = 4
 compression = "zstd"
