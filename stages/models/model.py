@@ -84,9 +84,10 @@ class Model:
 
         Attention runs through scaled_dot_product_attention, except in blocks whose scores or pattern are captured or
         intervened on, and in models that cap their scores: there it is computed step by step and agrees with the other
-        up to rounding. No other capture changes a bit of the result, unless gradients are kept. Raises ModelError for
-        tokens that cannot be run, HookError for hooks that this model cannot serve, both before anything is computed,
-        and HookError for a result of an intervention that does not fit.
+        up to rounding; so it does where recurrent states are captured before the last token. No other capture changes a
+        bit of the result, unless gradients are kept. Raises ModelError for tokens that cannot be run, HookError for
+        hooks that this model cannot serve, both before anything is computed, and HookError for a result of an
+        intervention that does not fit.
         """
         captures: dict[HookPoint, Tensor] = {}
         hooks = hooks or EMPTY

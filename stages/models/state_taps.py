@@ -97,12 +97,16 @@ class StateTap(Tap):
     """What happens to the states of one layer in one forward. `stops` are the positions of the batch, ascending, after
     which the recurrence has to pause."""
 
-    __slots__ = ("_kept", "_plan", "stops")
+    __slots__ = ("_due", "_kept", "_plan", "stops")
 
     def __init__(self, point: HookPoint, request: Request, record: Sink, last: bool, plan: StatePlan) -> None:
         super().__init__(point, request, record, last)
         self._plan = plan
-        self.stops = sorted({*plan.edits, *(stop for stops in plan.captured for stop in stops)})
+        self._due: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # what is captured at each stop, in which rows
+        for place, stops in enumerate(plan.captured):
+            for stop, rows in stops.items():
+                self._due.setdefault(stop, []).append((place, rows))
+        self.stops = sorted({*plan.edits, *self._due})
         self._kept: dict[int, Tensor] = {}
 
     def written(self, k_BTHK: Tensor) -> Tensor:
@@ -123,14 +127,13 @@ class StateTap(Tap):
         return self._keep(stop, state_BHKV) if self._record_after else state_BHKV
 
     def _keep(self, stop: int, state_BHKV: Tensor) -> Tensor:
-        for place, stops in enumerate(self._plan.captured):
-            if rows := stops.get(stop):
-                state_B1HKV = state_BHKV[:, None]
-                if torch.is_grad_enabled():  # a loss can be differentiated only by tensors that lead to it
-                    state_B1HKV = state_B1HKV if state_B1HKV.requires_grad else state_B1HKV.clone().requires_grad_()
-                    state_BHKV = state_B1HKV.squeeze(1)
-                before = self._kept.get(place)
-                self._kept[place] = state_B1HKV if before is None else _in_rows(rows, state_B1HKV, before)
+        for place, rows in self._due.get(stop, ()):
+            state_B1HKV = state_BHKV[:, None]
+            if torch.is_grad_enabled():  # a loss can be differentiated only by tensors that lead to it
+                state_B1HKV = state_B1HKV if state_B1HKV.requires_grad else state_B1HKV.clone().requires_grad_()
+                state_BHKV = state_B1HKV.squeeze(1)
+            before = self._kept.get(place)
+            self._kept[place] = state_B1HKV if before is None else _in_rows(rows, state_B1HKV, before)
         return state_BHKV
 
     def finish(self) -> None:

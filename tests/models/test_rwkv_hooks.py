@@ -17,7 +17,7 @@ from forebay.stages.models.errors import HookError
 from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
 from forebay.stages.models.points import EFFECTIVE_ATTN, STATE, HookPoint
 from forebay.stages.models.recurrence import Feedback, Recurrence
-from forebay.stages.models.state_taps import StateTap
+from forebay.stages.models.state_taps import StateKnockout, StateSteering, StateTap
 from forebay.stages.models.taps import HookSpec, Tap
 
 from .rwkv_edits import LENGTHS, ROWS, Rwkv, dims_after_position, error, is_in_a_block, name_of
@@ -326,3 +326,10 @@ def test_a_knockout_of_edges_knows_that_there_is_no_attention(rwkv: Rwkv) -> Non
     for make in (KnockoutSpec(edges=[(-1, 0)]).hooks, lambda spec: KnockoutSpec(edges=[(-1, 0)]).mask(spec, 5)):
         with pytest.raises(HookError, match=rf"this model \(rwkv{rwkv.version}\) has no attention .*StateKnockout"):
             make(spec)
+
+
+def test_names_of_the_front_door_are_these() -> None:
+    import forebay
+
+    assert (forebay.StateKnockout, forebay.StateSteering) == (StateKnockout, StateSteering)
+    assert {"StateKnockout", "StateSteering"} <= {*forebay.__all__}

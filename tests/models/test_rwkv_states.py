@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from forebay.stages.models.batch import make_batch
 from forebay.stages.models.errors import HookError
 from forebay.stages.models.interventions import Add, Apply, NamedIntervention, Replace, Scale, Zero
 from forebay.stages.models.model import Model
 from forebay.stages.models.points import EFFECTIVE_ATTN, HookPoint
 from forebay.stages.models.points import STATE as KIND
-from forebay.stages.models.state_taps import StateKnockout, StateSteering
+from forebay.stages.models.resolve import resolve
+from forebay.stages.models.state_taps import StateKnockout, StateSteering, StateTap
 from forebay.stages.models.taps import HookSpec
 
 from .rwkv_edits import LENGTHS, ROWS, Rwkv, error
@@ -308,6 +310,26 @@ def test_effective_attention_is_that_of_what_was_written(rwkv: Rwkv, plain: list
         assert error(read, out[WKV][row, :length].double()) < EXACT
 
 
+def test_everything_happens_on_the_device_of_the_states(rwkv: Rwkv) -> None:
+    """On torch's device without memory, which refuses to be mixed with another; all that is put in is on the CPU."""
+    hooks = HookSpec().intervene(STATE, StateSteering(torch.rand(3)).at(position=[0, -1]))
+    hooks = hooks.intervene(STATE, Add(torch.rand(2, 12, 12)).at(position=-2, head=[2, 0]))
+    batch = make_batch(ROWS, rwkv.model.spec, torch.device("cpu"))
+    found: list[Tensor] = []
+    asked = hooks.capture(STATE, positions=[3, -2])
+    taps = resolve(asked, rwkv.model.spec, batch, lambda point, value: found.append(value), logits=True)
+    tap = taps.blocks[1][KIND]
+    assert isinstance(tap, StateTap)
+    assert tap.written(torch.empty(3, 34, 3, 12, device="meta")).is_meta
+    state = torch.empty(3, 3, 12, 12, device="meta")
+    for stop in tap.stops:
+        state = tap.at(stop, state)
+        assert state.is_meta
+    tap.finish()
+    assert found[0].is_meta
+    assert found[0].shape == (3, 2, 3, 12, 12)
+
+
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -374,10 +396,3 @@ def test_captures_that_cannot_be_made_are_refused_before_anything_is_computed(
 def test_positions_that_are_no_list_of_whole_numbers_are_refused(positions: Any) -> None:
     with pytest.raises(HookError, match="a list of whole numbers is expected, such as"):
         HookSpec().capture(STATE, positions=positions)
-
-
-def test_names_of_the_front_door_are_these() -> None:
-    import forebay
-
-    assert (forebay.StateKnockout, forebay.StateSteering) == (StateKnockout, StateSteering)
-    assert {"StateKnockout", "StateSteering"} <= {*forebay.__all__}
