@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from .models.model import Model
-    from .models.taps import HookSpec
+    from .models.taps import Sink
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -39,7 +39,7 @@ class Capture(Stage):
     the error it makes. `unit_tokens` is the unit of work (by default, as many tokens as make a shard of at most 64
     MiB). `compression` is "none" (checksums only; for local disks) or "zstd" (1.4 times smaller for bfloat16, slower).
     `state_positions` says after which tokens of every sequence recurrent states, `rwkv.hook_state`, are kept; negative
-    numbers count from the sequence's own end.
+    numbers count from the sequence's own end. Where a sequence is too short for one there is NaN.
 
     Batches are cut from the sequences that touch the unit, in their order, so that a unit's values never depend on who
     computes it.
@@ -121,7 +121,7 @@ class Capture(Stage):
         """One group a kind of hook point: `value[layer, token, …]`, or `value[layer, sequence, …]` for attention
         patterns and scores and for recurrent states.
 
-        SchemaError names a sequence that is too short for one of `state_positions`.
+        SchemaError for one of `state_positions` that no sequence is long enough for.
         """
         spec = self.model.open().spec
         kinds = self.points(spec)
@@ -161,15 +161,12 @@ class Capture(Stage):
         )
 
     def _check_lengths(self, lengths: NDArray[np.int64]) -> None:
+        longest = int(lengths.max())
         for position in self.state_positions:
-            needed = position + 1 if position >= 0 else -position
-            short = np.flatnonzero(lengths < needed)
-            if len(short):
-                n = int(lengths[short[0]])
+            if not -longest <= position < longest:
                 raise SchemaError(
-                    f"capture.state_positions: sequence {short[0]} has {n} tokens, so that there is no state after its "
-                    f"token {position} (0 to {n - 1} or, from its end, -{n} to -1); {len(short)} of {len(lengths)} "
-                    "sequences are too short for it. Ask for positions that every sequence has"
+                    f"capture.state_positions: no sequence has a state after its token {position}; the longest has "
+                    f"{longest} tokens, so 0 to {longest - 1} or, from the end, -{longest} to -1"
                 )
 
     def _unit_tokens(self, kinds: Iterable[str], sizes: Mapping[str, int], context: int) -> int:
@@ -193,16 +190,12 @@ class Capture(Stage):
         import torch
 
         from .models.load import load_model
-        from .models.taps import HookSpec
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         model = load_model(self.model.source, revision=self.model.revision, device=device, dtype=self.dtype)
         starts = own.labels["sequences/start"][1]
         ends = np.append(starts[1:], own.n_token)
-        kinds = self.points(model.spec)
-        hooks = HookSpec().capture(*(point for kind, points in kinds.items() if kind != STATE for point in points))
-        hooks = hooks.capture(*kinds[STATE], positions=self.state_positions) if STATE in kinds else hooks
 
         def apply(block: xr.Dataset, unit: Unit) -> Iterator[xr.DataTree]:
             token_id, origin = block["token_id"].values.astype(np.int64), int(block.indexes["token"][0])
@@ -210,13 +203,11 @@ class Capture(Stage):
             for at in range(first, beyond, self.batch):
                 batch = Batch(np.arange(at, min(at + self.batch, beyond)), starts, ends, unit)
                 rows = [token_id[starts[s] - origin : ends[s] - origin].tolist() for s in batch.sequences]
-                yield self._capture(model, rows, hooks, batch, own)
+                yield self._capture(model, rows, batch, own)
 
         return apply
 
-    def _capture(
-        self, model: Model, rows: Sequence[Sequence[int]], hooks: HookSpec, batch: Batch, own: Schema
-    ) -> xr.DataTree:
+    def _capture(self, model: Model, rows: Sequence[Sequence[int]], batch: Batch, own: Schema) -> xr.DataTree:
         import xarray as xr
 
         kept: dict[str, list[NDArray[Any]]] = defaultdict(list)
@@ -229,7 +220,7 @@ class Capture(Stage):
             for name, value in found.items():
                 statistics[point.kind][name].append(value)
 
-        model.forward(rows, hooks, logits=False, sink=sink)
+        self._run(model, rows, sink)
         nodes = {}
         for kind, layers in kept.items():
             dims = stored_dims(kind)
@@ -240,6 +231,34 @@ class Capture(Stage):
                     {"value": (dims, values)}, coords=batch.coords(dims), attrs={"statistics": said}
                 )
         return xr.DataTree.from_dict(nodes)
+
+    def _run(self, model: Model, rows: Sequence[Sequence[int]], sink: Sink) -> None:
+        """Run the model on the sequences of a batch. States come at all of `state_positions`, NaN where a sequence is
+        too short for one.
+        """
+        import torch
+
+        from .models.taps import HookSpec
+
+        kinds, longest = self.points(model.spec), max(map(len, rows))
+        states = kinds.pop(STATE, ())
+        held = [n for n, position in enumerate(self.state_positions) if -longest <= position < longest]
+
+        def spread(point: HookPoint, tensor: torch.Tensor) -> None:
+            if point.kind == STATE and tensor.shape[1] < len(self.state_positions):
+                everywhere = tensor.new_full((len(rows), len(self.state_positions), *tensor.shape[2:]), torch.nan)
+                everywhere[:, held] = tensor
+                tensor = everywhere
+            sink(point, tensor)
+
+        hooks = HookSpec().capture(*(point for points in kinds.values() for point in points))
+        if held:
+            hooks = hooks.capture(*states, positions=[self.state_positions[n] for n in held])
+        if kinds or (states and held):
+            model.forward(rows, hooks, logits=False, sink=spread)
+        for point in states if not held else ():
+            shape = (len(rows), 0, *(model.spec.sizes[dim] for dim in point.dims[2:]))
+            spread(point, torch.empty(shape))
 
 
 def stored_dims(kind: str) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def test_a_table_that_has_drifted_is_noticed(tmp_path: Path) -> None:
 def test_examples_run(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_pth(tmp_path / "RWKV-x070-World-0.1B.pth", 7, d_vocab=2**16)
+    write_pth(tmp_path / "RWKV-x070-World-0.1B.pth", 7, d_vocab=2**16, n_layers=4)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks

@@ -132,8 +132,10 @@ class StateTap(Tap):
             if torch.is_grad_enabled():  # a loss can be differentiated only by tensors that lead to it
                 state_B1HKV = state_B1HKV if state_B1HKV.requires_grad else state_B1HKV.clone().requires_grad_()
                 state_BHKV = state_B1HKV.squeeze(1)
-            before = self._kept.get(place)
-            self._kept[place] = state_B1HKV if before is None else _in_rows(rows, state_B1HKV, before)
+            if len(rows) < len(state_BHKV):  # a sequence that is too short for a position has no state there
+                before = self._kept.get(place, torch.full_like(state_B1HKV, torch.nan))
+                state_B1HKV = _in_rows(rows, state_B1HKV, before)
+            self._kept[place] = state_B1HKV
         return state_BHKV
 
     def finish(self) -> None:
@@ -175,7 +177,8 @@ def tap_states(
     captured: list[Stops] = []
     if request.before or request.after:
         captured = [_captured(position, site) for position in positions]
-    if gradients and (len(captured) > 1 or any(len(stops) > 1 for stops in captured)):
+    everywhere = all(len(rows) == len(site.lengths) for stops in captured for rows in stops.values())
+    if gradients and (len(captured) > 1 or not everywhere):
         raise HookError(
             f"{site.point}: where gradients are kept, states are captured at one position, the same in all sequences"
         )
@@ -203,8 +206,10 @@ def _include(change: NamedIntervention, site: Site, plan: StatePlan) -> None:
 
 
 def _captured(position: int, site: Site) -> Stops:
+    """Give the stops of a position that is captured, in the sequences that have it. Raises HookError where none has."""
+    rows = [row for row, length in enumerate(site.lengths) if -length <= position < length]
     try:
-        (stops,) = _stops(position, site, range(len(site.lengths)))
+        (stops,) = _stops(position, site, rows or range(len(site.lengths)))
     except HookError as error:
         raise HookError(f"{site.point}: {error}") from error
     return stops

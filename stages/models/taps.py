@@ -56,7 +56,8 @@ class HookSpec:
         value that arrived.
 
         `positions` says after which tokens recurrent states, `rwkv.hook_state`, are captured (negative numbers count
-        from the end of each sequence); None: after the last one. One forward captures states at one list of positions.
+        from the end of each sequence); None: after the last one. One forward captures states at one list of positions;
+        a sequence that is too short for one of them has NaN there, and a position that none has is refused.
         At a position before the last one the recurrence pauses, and what comes after it may be rounded otherwise.
         Raises HookError for what is no list of whole numbers.
         """

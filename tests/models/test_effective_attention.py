@@ -124,7 +124,7 @@ def test_it_is_what_the_formulas_say_of_what_drives_the_recurrence(
     make: Make, version: int, shape: str, faster: float
 ) -> None:
     made = make(version, shape, faster)
-    for length in (1, 5, 40):
+    for length in (1, 4, 37):
         out = made.model.forward([some_ids(length, length)], made.hooks)
         values = values_of(out, 0, length)
         for layer in made.layers:

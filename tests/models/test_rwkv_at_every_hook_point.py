@@ -40,7 +40,6 @@ ONE_LAYER, WORST_TOKEN = 1e-6, 1e-5
 
 VERSIONS = pytest.mark.parametrize("version", [6, 7], ids=["RWKV-6", "RWKV-7"])
 SHAPES: Mapping[str, Mapping[str, int]] = {
-    "as wide as the stream": {},
     "wider than the stream": {"n_heads": 4, "d_head": 11},
     "narrower than the stream": {"n_heads": 2, "d_head": 10},
     "one layer of one head": {"n_layers": 1, "n_heads": 1, "d_head": 16, "d_model": 9},

@@ -48,7 +48,7 @@ SHAPES: Mapping[str, tuple[int, int, int, int, int]] = {
     "a chunk of RWKV-6": (1, 16, 3, 8, 8),
     "a chunk of RWKV-7": (1, 32, 3, 8, 8),
     "a token more": (2, 33, 1, 12, 12),
-    "many chunks": (1, 201, 2, 16, 16),
+    "many chunks": (1, 101, 2, 16, 16),
     "values narrower than keys": (2, 50, 2, 16, 3),
     "values wider than keys": (3, 50, 2, 3, 20),
 }

@@ -76,6 +76,18 @@ def test_states_are_captured_in_the_order_asked_and_counted_in_each_sequence(rwk
     assert out.state_positions == tuple(positions)
 
 
+def test_a_sequence_that_is_too_short_for_a_position_has_no_state_there(rwkv: Rwkv, plain: list[Naive]) -> None:
+    longest = max(map(len, ROWS))
+    out = rwkv.model.forward(ROWS, HookSpec().capture(STATE, positions=[longest - 1, 0]))
+    for row, naive in enumerate(plain):
+        if len(ROWS[row]) == longest:
+            assert error(out[STATE][row, 0], naive.states[1][-1]) < 1e-5
+        else:
+            assert bool(out[STATE][row, 0].isnan().all())
+        assert error(out[STATE][row, 1], naive.states[1][0]) < 1e-5
+    assert len({len(row) for row in ROWS}) > 1
+
+
 @pytest.mark.parametrize("positions", [range(3), numpy.array([2, 0]), torch.tensor([1, -1]), (numpy.int32(3),)])
 def test_positions_are_any_list_of_whole_numbers(rwkv: Rwkv, positions: Any) -> None:
     out = rwkv.model.forward(ROWS, HookSpec().capture(STATE, positions=positions))
@@ -373,7 +385,7 @@ def test_what_scales_writes_stands_at_states_alone(rwkv: Rwkv, edit: NamedInterv
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
-        (HookSpec().capture(STATE, positions=[6]), r"rwkv\.hook_state: position=6 is out of range in sequence 1"),
+        (HookSpec().capture(STATE, positions=[34]), r"rwkv\.hook_state: position=34 is out of range in sequence 0"),
         (HookSpec().capture(STATE, positions=[]), r"names none, or one of them twice"),
         (HookSpec().capture(STATE, positions=[2, 2]), r"positions=\[2, 2\] names none, or one of them twice"),
         (HookSpec().capture(WKV, positions=[2]), r"says where states are captured; rwkv\.hook_wkv have every position"),

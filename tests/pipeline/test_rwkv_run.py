@@ -166,12 +166,10 @@ def test_plan_run_status_and_verify_tell_of_states(recipe: Path, tmp_path: Path)
     assert "all of it was done before" in again
 
 
-def test_a_position_that_a_window_is_too_short_for_is_refused_before_anything_is_written(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_a_position_that_no_window_has_is_refused_before_anything_is_written(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text().replace("state_positions = [3, -1]", "state_positions = [13]"))
     message = says("run", recipe, "--to", tmp_path / "run", "--device", "cpu", code=2)
-    assert "sequence 0 has 13 tokens, so that there is no state after its token 13" in " ".join(message.split())
+    assert "no sequence has a state after its token 13; the longest has 13 tokens" in " ".join(message.split())
     assert not list((tmp_path / "run").glob("*/data.zarr"))
 
 

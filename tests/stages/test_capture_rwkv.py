@@ -345,19 +345,33 @@ def test_positions_without_a_state_to_keep_are_refused(checkpoint: Path, tiny_mo
             stage(model, hooks=("blocks.*.hook_resid_post",), state_positions=(5,)).check()
 
 
-@pytest.mark.parametrize(
-    ("position", "said"),
-    [
-        (8, r"sequence 0 has 8 tokens, .* after its token 8 \(0 to 7 or, from its end, -8 to -1\); 3 of 10"),
-        (12, r"sequence 0 has 8 tokens, .* token 12 .*; 5 of 10 sequences"),
-        (-10, r"sequence 0 has 8 tokens, .* token -10 .*; 4 of 10 sequences"),
-    ],
-)
-def test_a_position_that_a_sequence_is_too_short_for_is_refused_by_the_sequences_name(
-    checkpoint: Path, position: int, said: str
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_sequence_that_is_too_short_for_a_position_has_nan_there(
+    checkpoint: Path, tmp_path: Path, batch: int
 ) -> None:
+    """Alone in its batch, and beside longer ones."""
+    tokens, positions = Tokens.random([8, 21, 9, 8, 8, 8, 40]), (8, -1, -10)
+    capture = stage(checkpoint, state_positions=positions, batch=batch, unit_tokens=64)
+    value = forebay.open_store(kept_by(capture, tokens, tmp_path / "store"))["rwkv.hook_state"]["value"]
+    model = forebay.load_model(checkpoint, device="cpu")
+    for sequence, row in enumerate(tokens.rows):
+        for position in positions:
+            found = value.sel(sequence=sequence, state_position=position, layer=1).values
+            if -len(row) <= position < len(row):
+                hooks = HookSpec().capture("blocks.1.rwkv.hook_state", positions=[position])
+                alone = model.forward([row], hooks)["blocks.1.rwkv.hook_state"][0, 0]
+                assert off_by(found, alone.numpy()) < 1e-5
+            else:
+                assert np.isnan(found).all()
+
+
+@pytest.mark.parametrize("position", [70, -71])
+def test_a_position_that_no_sequence_has_is_refused(checkpoint: Path, position: int) -> None:
     capture = stage(checkpoint, state_positions=(-1, position))
     capture.check()
+    said = (
+        rf"no sequence has a state after its token {position}; the longest has 70 tokens, so 0 to 69 or, .* -70 to -1"
+    )
     with pytest.raises(SchemaError, match=said):
         capture.schema(Tokens.random(LENGTHS["documents"]).schema)
-    stage(checkpoint, state_positions=(-1, -8, 7)).schema(Tokens.random(LENGTHS["documents"]).schema)
+    stage(checkpoint, state_positions=(-70, 69)).schema(Tokens.random(LENGTHS["documents"]).schema)
