@@ -188,7 +188,7 @@ def test_the_package_is_no_nearer_to_the_equations_than_forebay(pairs: Pairs, ve
 
 @VERSIONS
 def test_bfloat16_costs_no_more_precision_than_in_the_package(tmp_path: Path, version: int) -> None:
-    ours, theirs, n_models = 0.0, 0.0, 3
+    ours, theirs, n_models = 0.0, 0.0, 2
     for seed in range(n_models):
         # Weights that bfloat16 holds exactly, so that only the computation rounds.
         drawn = random_tensors(version, seed=seed)

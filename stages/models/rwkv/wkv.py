@@ -82,7 +82,7 @@ def step_by_step(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
 
 _WHOLE_CHUNKS = 32  # a multiple of the sizes of chunks
 _LEAST_LOG_DECAY = -20.0  # a factor of 2e-9, which float32 does not tell from 0 beside what was written since
-_MILD = -20.0  # what the decays of a chunk may add up to for float32 to divide by them and keep its precision
+_MILD = 20.0  # what the logarithms of a chunk may add up to for float32 to divide by its decays and stay precise
 
 
 def chunked(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,8 +96,8 @@ def chunked(wkv: Wkv, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     """
     n_sequences, n_positions, n_heads, _ = wkv.r.shape
     size = 16 if wkv.removal is None else 32
-    least = float(wkv.log_decay.detach().amin())
-    mild = least * size >= _MILD
+    least, most = (float(end) for end in wkv.log_decay.detach().aminmax())
+    mild = max(-least, most) * size <= _MILD
     if not mild and wkv.log_decay.device.type == "mps":  # which has no float64
         return step_by_step(wkv, state_BHKV)
     wide = torch.float32 if mild else torch.float64
