@@ -112,18 +112,16 @@ def _read_then_write(wkv: Wkv, log_decay_nxCK: Tensor, state_xKV: Tensor) -> tup
     """Version 6: y [n, x, C, V] and the last state."""
     size, wide = log_decay_nxCK.shape[-2], log_decay_nxCK.dtype
     after = log_decay_nxCK.cumsum(-2)  # log P_t
-    before = F.pad(after[..., :-1, :], (0, 0, 1, 0))  # log P_{t−1}
     whole = after[..., -1:, :].exp()
-    reads = before.exp() * _in_chunks(wkv.r, size, wide)
-    writes = (-after).exp() * _in_chunks(wkv.k, size, wide)
+    reads = (after - log_decay_nxCK).exp_() * _in_chunks(wkv.r, size, wide)  # with P_{t−1}
+    writes = after.neg().exp_() * _in_chunks(wkv.k, size, wide)
     v = _in_chunks(wkv.v, size, torch.float32)
     y = (reads @ writes.mT).float().tril(-1) @ v
     reads_start, writes_to_end, kept = reads.float(), (writes * whole).float().mT, whole.float().mT
-    found: list[Tensor] = []
     for n in range(len(y)):
-        found.append(torch.baddbmm(y[n], reads_start[n], state_xKV))
-        state_xKV = torch.baddbmm(kept[n] * state_xKV, writes_to_end[n], v[n])
-    return torch.stack(found), state_xKV
+        y[n].baddbmm_(reads_start[n], state_xKV)  # in place, here and below, what no gradient needs: it saves a tenth
+        state_xKV = (kept[n] * state_xKV).baddbmm_(writes_to_end[n], v[n])
+    return y, state_xKV
 
 
 def _remove_write_read(wkv: Wkv, log_decay_nxCK: Tensor, state_xKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +131,7 @@ def _remove_write_read(wkv: Wkv, log_decay_nxCK: Tensor, state_xKV: Tensor) -> t
     size, wide = log_decay_nxCK.shape[-2], log_decay_nxCK.dtype
     after = log_decay_nxCK.cumsum(-2)
     here = after.exp()  # P_t
-    before, here_inverse, whole = F.pad(here[..., :-1, :], (0, 0, 1, 0), value=1), (-after).exp(), here[..., -1:, :]
+    before, here_inverse, whole = F.pad(here[..., :-1, :], (0, 0, 1, 0), value=1), after.neg().exp_(), here[..., -1:, :]
     v, removal = _in_chunks(wkv.v, size, torch.float32), _in_chunks(wkv.removal, size, wide)
     reads, writes = here * _in_chunks(wkv.r, size, wide), here_inverse * _in_chunks(wkv.k, size, wide)
     sees, takes = before * removal, here_inverse * removal * _in_chunks(wkv.rate, size, wide)
@@ -147,12 +145,11 @@ def _remove_write_read(wkv: Wkv, log_decay_nxCK: Tensor, state_xKV: Tensor) -> t
     reads_start = reads.float() - read_of_removal @ seen_of_start
     writes_to_end, takes_to_end = ((part * whole).float().mT for part in (writes, takes))
     kept = whole.float().mT
-    found: list[Tensor] = []
     for n in range(len(y)):
-        found.append(torch.baddbmm(y[n], reads_start[n], state_xKV))
+        y[n].baddbmm_(reads_start[n], state_xKV)
         seen = torch.baddbmm(seen_of_writes[n], seen_of_start[n], state_xKV)
-        state_xKV = torch.baddbmm(kept[n] * state_xKV, writes_to_end[n], v[n]).baddbmm(takes_to_end[n], seen, alpha=-1)
-    return torch.stack(found), state_xKV
+        state_xKV = (kept[n] * state_xKV).baddbmm_(writes_to_end[n], v[n]).baddbmm_(takes_to_end[n], seen, alpha=-1)
+    return y, state_xKV
 
 
 def _in_chunks(x_BTHK: Tensor, size: int, dtype: torch.dtype) -> Tensor:
