@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
+    from forebay.stages.analyze.intervention_effect import intervention_effect
     from forebay.stages.analyze.logit_lens import logit_lens
     from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention
     from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
@@ -39,6 +40,7 @@ _HOMES = {
     "SteerAttention": "forebay.stages.models.edges",
     "Zero": "forebay.stages.models.interventions",
     "check_compatibility": "forebay.stages.models.source",
+    "intervention_effect": "forebay.stages.analyze.intervention_effect",
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
@@ -66,6 +68,7 @@ __all__ = [
     "SteerAttention",
     "Zero",
     "check_compatibility",
+    "intervention_effect",
     "load_model",
     "load_unembedding",
     "logit_lens",
