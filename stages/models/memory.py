@@ -159,8 +159,8 @@ class _Recurrence:
 
 # Decays of version 7 are so slow that its quotients are taken in float32.
 _RECURRENCES: Mapping[int, _Recurrence] = {
-    6: _Recurrence(shifted=15, driving=5, size=16, wide_bytes=8, wide=8, narrow=7, between=2, attended=6),
-    7: _Recurrence(shifted=6, driving=8, size=32, wide_bytes=4, wide=11, narrow=8, between=6, attended=7),
+    6: _Recurrence(shifted=15, driving=5, size=16, wide_bytes=8, wide=7, narrow=7, between=2, attended=4),
+    7: _Recurrence(shifted=6, driving=8, size=32, wide_bytes=4, wide=10, narrow=8, between=6, attended=6),
 }
 
 
