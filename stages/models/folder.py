@@ -219,7 +219,7 @@ def _tokenizer(folder: Path, settings: Mapping[str, Any], spec: ModelSpec) -> Ca
     path = folder / "tokenizer.json"
     if path.exists():
         return functools.partial(read_tokenizer, path)
-    if spec.family.startswith("rwkv") or world_file_beside(folder) is not None:
+    if spec.rwkv is not None or world_file_beside(folder) is not None:
         file = world_file_of(folder, spec.d_vocab, str(folder))
         end = _text_of(settings.get("added_tokens_decoder") or {}, "0") or END_OF_TEXT
         return functools.partial(load_world_tokenizer, file, n_ids=spec.d_vocab, end=end)

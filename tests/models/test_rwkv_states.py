@@ -31,11 +31,6 @@ EFFECTIVE = f"blocks.1.{EFFECTIVE_ATTN}"
 EXACT = 1e-9
 
 
-@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
-def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
-    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))
-
-
 @pytest.fixture(scope="module")
 def plain(rwkv: Rwkv) -> list[Naive]:
     return [rwkv.naive(row) for row in range(3)]

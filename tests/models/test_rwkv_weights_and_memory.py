@@ -23,11 +23,6 @@ EFFECTIVE = f"blocks.1.{EFFECTIVE_ATTN}"
 WKV = "blocks.1.rwkv.hook_wkv"
 
 
-@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
-def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
-    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))
-
-
 def test_a_forward_has_labels_and_nothing_where_there_is_no_token(rwkv: Rwkv) -> None:
     hooks = HookSpec().capture(f"blocks.[0,2].{STATE}", positions=[4, -1]).capture(EFFECTIVE, WKV)
     out = rwkv.model.forward(ROWS, hooks)

@@ -193,7 +193,7 @@ def _finch(
     return _Inputs(Wkv(r=r_BTHE, k=k_BTHE, v=v_BTHE, log_decay=log_decay_BTHE), gate_BTHE)
 
 
-_SLOWEST = math.exp(-0.5)
+_FASTEST = math.exp(-0.5)  # no decay of RWKV-7 has a logarithm below minus this
 
 
 def _goose(
@@ -207,7 +207,7 @@ def _goose(
     for_r, for_w, for_k, for_v, for_a, for_g = (torch.addcmul(x_BTD, delta_BTD, mix_D) for mix_D in w.mix)
     r_BTHE = _fire(_heads(F.linear(for_r, w.r), spec), "rwkv.hook_r", at)
     omega_BTA = _low_rank(for_w, w.decay, torch.tanh).float()
-    log_decay_BTHE = _decay(_heads(-_SLOWEST * omega_BTA.sigmoid(), spec), layer, at)
+    log_decay_BTHE = _decay(_heads(-_FASTEST * omega_BTA.sigmoid(), spec), layer, at)
     rate_BTHE = _fire(_heads(_low_rank(for_a, w.rate, _as_it_is).sigmoid(), spec), "rwkv.hook_a", at)
     k_BTA = F.linear(for_k, w.k)
     removal_BTHE = F.normalize(_heads(k_BTA * w.removal, spec), dim=-1)
