@@ -9,6 +9,7 @@ from .errors import ModelError, nearest
 from .families.report import CompatibilityReport
 from .folder import check_folder, open_folder
 from .gguf import open_gguf
+from .hub import hub_refusals
 from .pth import open_pth
 
 PACKAGE_PREFIX = "package:"
@@ -99,32 +100,8 @@ _HUB_FILES = (
 
 
 def _fetch(source: str, revision: str | None) -> tuple[Path, str]:
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise ModelError(
-            f"{source!r} is read from the hub with huggingface_hub: pip install huggingface_hub"
-        ) from error
-    at = f"{source} at revision {revision}" if revision else source
-    try:
+    with hub_refusals(source, revision):
+        from huggingface_hub import snapshot_download
+
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{at} is gated: accept its terms at https://huggingface.co/{source}, then log in with 'hf auth login' or "
-            "set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{source} has no revision {revision!r} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"the hub has no model {source!r}, or it is private: check the spelling, or log in with 'hf auth login' or "
-            "set HF_TOKEN"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"{at} is not in the local cache and the hub cannot be reached: fetch it where there is a network with "
-            f"'hf download {source}', or name a local folder"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise ModelError(f"{at} cannot be fetched from the hub: {error}") from error
     return folder, folder.name

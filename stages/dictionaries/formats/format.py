@@ -1,0 +1,128 @@
+"""What a format is, and what the modules of formats share: reading tensors safely, checking names and sizes."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...models.errors import nearest
+from ..errors import DictionaryError
+from ..place import Place
+
+if TYPE_CHECKING:
+    from ..dictionary import Dictionary
+    from ..transcoders import TranscoderSet
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Where the caller says that a dictionary reads and writes; None: as the format says."""
+
+    hook: str | None = None
+    hook_out: str | None = None
+
+    def choose(self, place: Place, found: str | None, found_out: str | None = None) -> tuple[str, str]:
+        """The hook points read and written: as the caller says, or as found in the format; an autoencoder's are one.
+        DictionaryError where neither says what is read.
+        """
+        hook = self.hook or found
+        if hook is None:
+            raise DictionaryError(
+                f"{place.source} does not say at which hook point it reads; give it, as in "
+                'hook="blocks.12.hook_resid_post"'
+            )
+        return hook, self.hook_out or found_out or hook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One format on disk: `recognizes` looks at file names only, `read` gives the canonical type on the CPU, in the
+    dtype of the file, and `write`, where there is one, puts a dictionary into a folder that exists and is empty.
+
+    Both refuse, with a DictionaryError, what the other side could not reproduce exactly.
+    """
+
+    recognizes: Callable[[Place], bool]
+    read: "Callable[[Place, Hooks], Dictionary | TranscoderSet]"
+    write: "Callable[[Dictionary | TranscoderSet, Path], None] | None" = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. DictionaryError if it is damaged or something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DictionaryError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DictionaryError(f"{path} holds {type(value).__name__}; a JSON object was expected")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. DictionaryError if it is damaged or cut off."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise DictionaryError(f"{path} is no safetensors file, or it is damaged or cut off: {error}") from error
+
+
+def read_pickled(path: Path) -> Any:
+    """What a .pt file holds, built of tensors and plain containers only: torch's `weights_only`.
+
+    DictionaryError if it is damaged, or names anything that only running code from the file could make.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch's reader lets out whatever a damaged pickle makes happen in it
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise DictionaryError(
+                f"{path} names {found[1]}, which only running code from the file could make; nothing of it was run"
+            ) from error
+        said = (str(error).strip() or "the file ends too early").splitlines()[0]
+        raise DictionaryError(f"{path} is no file of torch's, or it is damaged: {said}") from error
+
+
+MOST_NPZ_BYTES = 2**36
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of an .npz file, nothing unpickled. DictionaryError if it is damaged, holds objects, or would unpack
+    to more than the headers of its arrays, or 64 GiB, allow (a bomb).
+    """
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > MOST_NPZ_BYTES:
+            raise DictionaryError(f"{path} would unpack to {unpacked:,} bytes; at most {MOST_NPZ_BYTES:,} are read")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, KeyError) as error:
+        raise DictionaryError(f"{path} is no .npz file of plain arrays, or it is damaged: {error}") from error
+
+
+def exactly(
+    tensors: Mapping[str, Tensor], needed: Collection[str], path: Path, *, optional: Collection[str] = ()
+) -> None:
+    """DictionaryError unless a file holds all the tensors `needed`, and of others only `optional` ones: what is not
+    understood would change what the dictionary does.
+    """
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise DictionaryError(f"{path} has no {missing[0]}.{nearest(missing[0], tensors)} It has {', '.join(tensors)}")
+    unknown = [name for name in tensors if name not in needed and name not in optional]
+    if unknown:
+        raise DictionaryError(f"{path} has {', '.join(unknown)}, which this format does not know")
