@@ -29,6 +29,9 @@ DATA = "data.zarr"
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**26
+RAGGED_CHUNK = 2**16
+RAGGED = ("unit", "nonzero")
+"""Dimensions of what varies in number from token to token: a row a unit, filled from its start and never further."""
 LABELS = ("sequences/start", "sequences/document", "documents/start", "documents/id")
 """Label arrays that every store carries, so that each can be read alone: where sequences and documents start on
 `token`.
@@ -46,9 +49,14 @@ class Array:
     shards: tuple[int, ...]
 
     @property
+    def ragged(self) -> bool:
+        """Whether a unit's row of the array holds as many values as the unit happens to have, end to end."""
+        return self.dims == RAGGED
+
+    @property
     def nbytes(self) -> int:
-        """Bytes on disk before compression."""
-        return int(np.prod(self.shape, dtype=object)) * format_of(self.dtype).itemsize
+        """Bytes on disk before compression; 0 for a ragged array, whose rows have no length beforehand."""
+        return 0 if self.ragged else int(np.prod(self.shape, dtype=object)) * format_of(self.dtype).itemsize
 
     def objects(self, rows: Mapping[str, slice]) -> Iterator[tuple[int, ...]]:
         """Indexes of the objects that hold `rows`; whole along the dimensions that `rows` does not name."""
@@ -63,8 +71,10 @@ class Array:
 class Schema:
     """A store before its data. `arrays` and `labels` are keyed by path in the store, as in 'hook_resid_post/value'.
 
-    Every array lies along `token` or along `sequence`. A unit of `unit_tokens` tokens is exactly one shard along
-    `token`; what lies along `sequence` belongs to the unit in which the sequence starts.
+    Every array lies along `token`, along `sequence`, or along `unit` and `nonzero`. A unit of `unit_tokens` tokens is
+    exactly one shard along `token` and one row along `unit`; what lies along `sequence` belongs to the unit in which
+    the sequence starts. Where a group has ragged arrays, its `count[token]` says how many of their values are a
+    token's.
     """
 
     kind: str
@@ -81,13 +91,17 @@ class Schema:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays on disk before compression, labels left out."""
+        """Bytes of all arrays on disk before compression, labels and ragged arrays left out."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def rows(self, unit: Unit) -> dict[str, slice]:
-        """The part of each long axis that a unit owns: its tokens, and the sequences that start among them."""
+        """The part of each long axis that a unit owns: its tokens, the sequences that start among them, and its row."""
         first, last = np.searchsorted(self.labels["sequences/start"][1], [unit.start, unit.stop])
-        return {"token": slice(unit.start, unit.stop), "sequence": slice(int(first), int(last))}
+        return {
+            "token": slice(unit.start, unit.stop),
+            "sequence": slice(int(first), int(last)),
+            "unit": slice(unit.index, unit.index + 1),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The geometry as JSON values; label values are arrays of the store and not repeated here."""
@@ -210,6 +224,15 @@ def along_sequence(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, pe
         chunks=tuple(1 if dim in cut else sizes[dim] for dim in dims),
         shards=tuple(shards.get(dim, sizes[dim]) for dim in dims),
     )
+
+
+def along_unit(n_token: int, dtype: str, unit_tokens: int, most: int) -> Array:
+    """A ragged array: a row a unit, with room for `most` values a token on average. What is not filled takes 16 bytes
+    of the object's index for every 65,536 values.
+    """
+    n_unit = len(Grid(n_token, unit_tokens))
+    row = -(-most * min(unit_tokens, n_token) // RAGGED_CHUNK) * RAGGED_CHUNK
+    return Array(dims=RAGGED, shape=(n_unit, row), dtype=dtype, chunks=(1, RAGGED_CHUNK), shards=(1, row))
 
 
 def check_block(schema: Schema, path: str, dims: Sequence[str], dtype: np.dtype[Any]) -> Array:

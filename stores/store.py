@@ -150,7 +150,8 @@ class Store:
         return self._root("r")[path]
 
     def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> None:
-        """Writes whole shards: `values` are the `rows` of the array, in their kept form.
+        """Writes whole shards: `values` are the `rows` of the array, in their kept form; of a ragged array the values
+        that a unit has, at least one.
 
         An object that is there is replaced in one go and never looked at, so that a torn one does no harm, and a reader
         or another writer of the same unit finds a whole one at any time.
@@ -160,6 +161,9 @@ class Store:
         # Else a shard whose cells all equal the fill value would be left out, and its unit have no object to record.
         target: Any = root[path].with_config({"write_empty_chunks": True})  # type: ignore[union-attr]
         where = [rows.get(dim, slice(0, size)) for dim, size in zip(array.dims, array.shape, strict=True)]
+        if array.ragged:
+            target[where[0], : len(values)] = values[None]
+            return
         if array.dims[0] != "layer":
             target[tuple(where)] = values
             return

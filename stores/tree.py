@@ -171,8 +171,10 @@ def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]
     nodes: dict[str, xr.Dataset] = {
         "/": xr.Dataset(attrs={"fingerprint": store.fingerprint, **store.header.provenance})
     }
-    for group in dict.fromkeys(path.rpartition("/")[0] for path in store.schema.arrays):
-        paths = [path for path in store.schema.arrays if path.rpartition("/")[0] == group]
+    # A ragged row is no array along any label; `run.features` reads them.
+    regular = [path for path, array in store.schema.arrays.items() if not array.ragged]
+    for group in dict.fromkeys(path.rpartition("/")[0] for path in regular):
+        paths = [path for path in regular if path.rpartition("/")[0] == group]
         complete = len(done) == n_unit
         dataset = xr.Dataset(
             {k: v for path in paths for k, v in _kept_variables(store, path, chunks, complete).items()}

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import format_of
 from .errors import FULL, DiskFull, SchemaError
 from .fingerprint import versions, whereabouts
 from .grid import Unit
 from .ledger import Record, sync_folder
-from .schema import check_block
+from .schema import RAGGED, Array, check_block
 from .store import Store
 
 if TYPE_CHECKING:
     import xarray as xr
 
+COUNT = "count"
+"""Of a group with ragged arrays: how many values each token has, [token]."""
 MERGE = {"sum": np.add, "max": np.maximum}
 """How statistics of pieces combine: by the last word of their name, as in `square_sum`, `abs_max`."""
 
@@ -29,8 +32,8 @@ MERGE = {"sum": np.add, "max": np.maximum}
 class UnitWriter:
     """Gathers the pieces of one unit in memory and writes them as whole shards.
 
-    Holds one buffer an array, as large as the unit's rows. Nothing is on disk before `finish`; on any error no record
-    exists.
+    Holds one buffer an array, as large as the unit's rows, and the values of ragged arrays. Nothing is on disk before
+    `finish`; on any error no record exists.
     """
 
     def __init__(self, store: Store, unit: Unit) -> None:
@@ -38,14 +41,16 @@ class UnitWriter:
         self.rows = store.schema_with_labels.rows(unit)
         self._buffers: dict[str, NDArray[Any]] = {}
         self._filled: dict[str, NDArray[np.bool_]] = {}
+        self._ragged: dict[str, list[NDArray[Any]]] = {}
         self._statistics: dict[str, dict[str, NDArray[Any]]] = {}
 
     def put(self, piece: xr.DataTree) -> None:
         """Takes a labelled piece: nodes are groups, variables lie along `token` or `sequence` with an integer
-        coordinate that says which.
+        coordinate that says which; those of ragged arrays lie along `nonzero`, beside the `count[token]` that says
+        whose they are, and their pieces come in the order of tokens.
 
-        Statistics travel in a node's attribute `statistics`: name → one number a layer. SchemaError if a piece does not
-        fit.
+        Statistics travel in a node's attribute `statistics`: name → one number a layer, or a vector. SchemaError if a
+        piece does not fit.
         """
         for node in piece.subtree:
             for name, variable in node.data_vars.items():
@@ -57,6 +62,10 @@ class UnitWriter:
 
     def _put_array(self, path: str, variable: xr.DataArray) -> None:
         dims = tuple(str(dim) for dim in variable.dims)
+        if dims == RAGGED[1:]:
+            check_block(self.store.schema, path, RAGGED, variable.dtype)
+            self._ragged.setdefault(path, []).append(variable.values)
+            return
         array = check_block(self.store.schema, path, dims, variable.dtype)
         long = "token" if "token" in dims else "sequence"
         axis, own = dims.index(long), self.rows[long]
@@ -68,6 +77,8 @@ class UnitWriter:
             self._filled[path] = np.zeros(own.stop - own.start, dtype=bool)
         buffer = self._buffers[path]
         first, beyond = _rows_of(path, variable, long)
+        if path.rpartition("/")[2] == COUNT and not self._filled[path][: first - own.start].all():
+            raise SchemaError(f"{path}: pieces of ragged rows come in order; {long} {first} came before those below it")
         start, stop = first - own.start, beyond - own.start
         where = (*(slice(None),) * axis, slice(start, stop))
         if start < 0 or stop > len(self._filled[path]) or buffer[where].shape != variable.shape:
@@ -93,7 +104,9 @@ class UnitWriter:
         try:
             for path, array in self.store.schema.arrays.items():
                 keys = [self.store.object_key(path, index) for index in array.objects(self.rows)]
-                if path in self._buffers:
+                if array.ragged:
+                    self.store.write_rows(path, self.rows, self._ragged_values(path))
+                elif path in self._buffers:
                     self.store.write_rows(path, self.rows, self._buffers[path])
                 objects |= {key: _make_durable(data / key) for key in keys}
             for folder in {(data / key).parent for key in objects}:
@@ -108,6 +121,9 @@ class UnitWriter:
 
     def _check_complete(self) -> None:
         for path, array in self.store.schema.arrays.items():
+            if array.ragged:
+                self._check_ragged(path, array)
+                continue
             long = "token" if "token" in array.dims else "sequence"
             own = self.rows[long]
             filled = self._filled.get(path, np.zeros(own.stop - own.start, dtype=bool))
@@ -117,6 +133,24 @@ class UnitWriter:
                     f"{path}: unit {self.unit.index} lacks {int((~filled).sum())} rows, the first is {long} {first}"
                 )
 
+    def _check_ragged(self, path: str, array: Array) -> None:
+        """SchemaError unless there are as many values as the group's counts say, and room for them."""
+        counts = self._buffers.get(f"{path.rpartition('/')[0]}/{COUNT}", np.zeros(0))
+        due, found = int(counts.sum()), sum(map(len, self._ragged.get(path, ())))
+        if due != found:
+            raise SchemaError(f"{path}: unit {self.unit.index} has {found:,} values; its counts add up to {due:,}")
+        if found > array.shape[1]:
+            raise SchemaError(
+                f"{path}: unit {self.unit.index} has {found:,} nonzeros, {found / len(self.unit):,.0f} a token; there "
+                f"is room for {array.shape[1]:,}. Raise the step's `most_active`, or look whether this is sparse at all"
+            )
+
+    def _ragged_values(self, path: str) -> NDArray[Any]:
+        """The unit's values end to end; where it has none a single zero, for every unit has its object."""
+        pieces = [piece for piece in self._ragged.get(path, ()) if len(piece)]
+        kept = format_of(self.store.schema.arrays[path].dtype).kept
+        return np.concatenate(pieces) if pieces else np.zeros(1, dtype=kept)
+
     def _record(self, objects: dict[str, dict[str, Any]], timing: Mapping[str, float]) -> Record:
         statistics = {
             group: {name: v.tolist() for name, v in values.items()} for group, values in self._statistics.items()
@@ -124,7 +158,7 @@ class UnitWriter:
         return {
             "unit": self.unit.index,
             "fingerprint": self.store.fingerprint,
-            "rows": {dim: [part.start, part.stop] for dim, part in self.rows.items()},
+            "rows": {dim: [self.rows[dim].start, self.rows[dim].stop] for dim in ("token", "sequence")},
             "objects": objects,
             "bytes": sum(entry["bytes"] for entry in objects.values()),
             "statistics": statistics,
@@ -137,6 +171,7 @@ class UnitWriter:
     def _disk_full(self, error: OSError) -> DiskFull:
         stat = os.statvfs(self.store.path)
         need = sum(buffer.nbytes for buffer in self._buffers.values())
+        need += sum(piece.nbytes for pieces in self._ragged.values() for piece in pieces)
         return DiskFull(
             f"no space for unit {self.unit.index} of {self.store.path}: it takes {need:,} bytes, "
             f"{stat.f_bavail * stat.f_frsize:,} are free "

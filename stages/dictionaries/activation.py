@@ -167,7 +167,8 @@ def _jumprelu(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
 
 
 def _gated(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
-    assert activation.r_mag is not None and activation.b_mag is not None
+    assert activation.r_mag is not None
+    assert activation.b_mag is not None
     magnitude = (h - b_enc) * activation.r_mag.exp() + activation.b_mag
     return torch.where(h > 0, magnitude.relu(), 0).to(h.dtype)
 

@@ -166,7 +166,8 @@ class Dictionary(Encoder):
     @property
     def decoder_norms(self) -> Tensor:
         """Length of every decoder row [feature], float32."""
-        return torch.linalg.vector_norm(self.W_dec.float(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec.float(), dim=-1)
+        return norms
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction [..., d_out] of dense features [..., feature]. `x` [..., d_in] are the activations that were

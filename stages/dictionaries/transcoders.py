@@ -108,7 +108,7 @@ class TranscoderSet:
         if not isinstance(features, slice):
             features = torch.as_tensor(features, dtype=torch.int64)
             width = self.n_features[layer]
-            if len(features) and not (0 <= int(features.min()) and int(features.max()) < width):
+            if len(features) and (int(features.min()) < 0 or int(features.max()) >= width):
                 raise DictionaryError(
                     f"{self.provenance.source}: layer {layer} has features 0 to {width - 1}; asked for "
                     f"{int(features.min())} to {int(features.max())}"
