@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import xarray as xr
 
+from ..stages.encode import Encode
 from ..stages.stage import Stage
 from ..stages.tokenize import Tokenize
 from ..stores.documents import Documents
@@ -94,13 +95,17 @@ class StoreSource:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with one folder: steps in order, each with its geometry and fingerprint."""
+    """A recipe with one folder: steps in order, each with its geometry and fingerprint.
+
+    `waiting` are the steps that cannot be planned before the dictionaries they encode with are trained.
+    """
 
     recipe: Recipe
     folder: Path
     device: str
     documents: Documents
     steps: tuple[Step, ...]
+    waiting: tuple[Encode, ...] = ()
 
     def step(self, name: str) -> Step:
         """The step whose store has this name."""
@@ -154,7 +159,10 @@ def make_plan(
     recipe.
     """
     tokenize = next(stage for stage in recipe.stages if isinstance(stage, Tokenize))
-    for stage in recipe.stages:
+    placed = [replace(stage, run=str(folder)) if isinstance(stage, Encode) else stage for stage in recipe.stages]
+    waiting = tuple(stage for stage in placed if isinstance(stage, Encode) and not stage.ready)
+    stages = [stage for stage in placed if stage not in waiting]
+    for stage in stages:
         stage.check()
     paths = recipe.corpus.paths()
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,13 +177,13 @@ def make_plan(
     documents = Documents(recipe.corpus, folder / tokenize.store / "counts", fingerprint(corpus))
     documents.count(tokenize.counter(), progress)
     steps: list[Step] = []
-    for stage in recipe.stages:
+    for stage in stages:
         before = next((step for step in steps if step.stage.verb == stage.source), None)
         source = before.schema if before else documents.schema
         upstream = before.fingerprint if before else corpus
         steps.append(_step(stage, source, upstream, folder, device))
         steps[-1].check_store()
-    return Plan(recipe, folder, device, documents, tuple(steps))
+    return Plan(recipe, folder, device, documents, tuple(steps), waiting)
 
 
 def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: Path, device: str) -> Step:

@@ -4,38 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..stages.capture import Capture
+from ..stages.encode import Encode
 from ..stages.stage import Stage
 from ..stages.tokenize import ModelSource, Tokenize
+from ..stages.train import Training
 from ..stores.corpus import Corpus
 from ..stores.errors import RecipeError, nearest
 
-STAGES: dict[str, type[Stage]] = {stage.verb: stage for stage in (Tokenize, Capture)}
+STAGES: dict[str, type[Stage]] = {stage.verb: stage for stage in (Tokenize, Capture, Encode)}
 """Every step a recipe may have, in the order in which they run."""
 
-TABLES = ("corpus", "model", *STAGES)
+TRAIN = "train"
+NAMED = (TRAIN, Encode.verb)
+"""Tables that hold a table for each name, as in [encode.NAME]."""
+TABLES = ("corpus", "model", "tokenize", "capture", *NAMED)
+GIVEN = ("model", "name", "run")
+"""Fields of steps that no table sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to compute: a corpus, a model and the steps. `name` is the name of the recipe's file, without its suffix."""
+    """What to compute: a corpus, a model, the steps, and the dictionaries to train by name. `name` is the name of the
+    recipe's file, without its suffix.
+    """
 
     name: str
     corpus: Corpus
     model: ModelSource
     stages: tuple[Stage, ...]
+    training: Mapping[str, Training] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe complete, defaults filled in, as JSON values. `from_json` gives back an equal recipe."""
-        steps = {stage.verb: {k: v for k, v in stage.parameters().items() if k != "model"} for stage in self.stages}
+        steps: dict[str, Any] = {}
+        for stage in self.stages:
+            table = {k: v for k, v in stage.parameters().items() if k not in GIVEN}
+            if isinstance(stage, Encode):
+                steps.setdefault(stage.verb, {})[stage.name] = table
+            else:
+                steps[stage.verb] = table
+        if self.training:
+            steps[TRAIN] = {name: dataclasses.asdict(one) for name, one in self.training.items()}
         value = {
             "name": self.name,
             "corpus": dataclasses.asdict(self.corpus),
@@ -86,28 +105,69 @@ def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> R
     for table in ("corpus", "model", "tokenize"):
         if table not in tables:
             raise RecipeError(
-                f"{file} has no table [{table}]. A recipe needs [corpus], [model] and [tokenize], and [capture] to "
-                "keep activations"
+                f"{file} has no table [{table}]. A recipe needs [corpus], [model] and [tokenize], [capture] to keep "
+                "activations, and [encode.NAME] for features"
             )
     corpus = _build(Corpus, tables["corpus"], "corpus", file, root=str(folder))
-    model = _build(ModelSource, _locate(tables["model"], folder), "model", file)
-    stages = tuple(
-        _build(stage, tables[verb], verb, file, model=dataclasses.asdict(model))
-        for verb, stage in STAGES.items()
-        if verb in tables
+    model = _build(ModelSource, _locate(tables["model"], folder, "source"), "model", file)
+    training = {name: _build(Training, one, f"train.{name}", file) for name, one in _named(tables, TRAIN, file).items()}
+    stages = (
+        *(
+            _build(STAGES[verb], tables[verb], verb, file, model=dataclasses.asdict(model))
+            for verb in STAGES
+            if verb in tables and verb not in NAMED
+        ),
+        *_encodes(tables, model, training, folder, file),
     )
-    return Recipe(name=name, corpus=corpus, model=model, stages=stages)
+    return Recipe(name=name, corpus=corpus, model=model, stages=stages, training=training)
 
 
-def _locate(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A model's source that exists as a path, beside the recipe or else in the current folder, is that path, whole;
-    anything else is a hub id or a package's file.
+def _encodes(
+    tables: Mapping[str, Any], model: ModelSource, training: Mapping[str, Training], folder: Path, file: str
+) -> Iterator[Stage]:
+    for name, table in _named(tables, Encode.verb, file).items():
+        given = {"model": dataclasses.asdict(model), "name": name, "run": None}
+        stage = _build(Encode, _locate(table, folder, "dictionary"), f"encode.{name}", file, **given)
+        if stage.dictionary is None and name not in training:
+            raise RecipeError(
+                f"{file}: [encode.{name}] says no dictionary, and there is no [train.{name}] that would make one."
+                f"{nearest(name, training)} Give `dictionary`, or train one of that name"
+            )
+        if not stage.fused and "capture" not in tables:
+            raise RecipeError(
+                f"{file}: [encode.{name}] reads activations, and there is no [capture]. Add one, or set fused = true "
+                "to encode behind the forward"
+            )
+        yield stage
+
+
+def _named(tables: Mapping[str, Any], kind: str, file: str) -> Mapping[str, Any]:
+    """The tables [kind.NAME]. RecipeError for names that would not do as a folder's, and for a table without one."""
+    found: Mapping[str, Any] = tables.get(kind, {})
+    for name, table in found.items():
+        if not isinstance(table, Mapping):
+            raise RecipeError(f"{file}: [{kind}] holds a table for each name: write [{kind}.NAME] above {name!r}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+            raise RecipeError(f"{file}: [{kind}.{name}]: a name consists of letters, digits, _ and -")
+    return found
+
+
+def _locate(table: Mapping[str, Any], folder: Path, key: str) -> dict[str, Any]:
+    """A source that exists as a path, beside the recipe or else in the current folder, is that path, whole; anything
+    else is a hub id or a package's file. `key` may hold several, by name.
     """
-    source = table.get("source")
-    for place in (folder, Path.cwd()):
-        if isinstance(source, str) and source and (place / source).exists():
-            return {**table, "source": str((place / source).resolve())}
-    return dict(table)
+
+    def located(source: Any) -> Any:
+        for place in (folder, Path.cwd()):
+            if isinstance(source, str) and source and (place / source).exists():
+                return str((place / source).resolve())
+        return source
+
+    if key not in table:
+        return dict(table)
+    found = table[key]
+    many = {name: located(one) for name, one in found.items()} if isinstance(found, Mapping) else located(found)
+    return {**table, key: many}
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], table: str, file: str, **given: Any) -> Any:

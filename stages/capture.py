@@ -18,7 +18,9 @@ from ..stores.grid import Unit
 from ..stores.schema import LABELS, Array, Schema, along_sequence, along_token, unit_tokens_for
 from .models.points import BLOCK, STATE, HookPoint, dims_of, expand
 from .models.spec import ModelSpec
+from .sequences import Batch, batches_of, sequences_per_unit, sequences_span
 from .stage import Apply, Stage
+from .storing import Dtype, cast, on_host, square_sum
 from .tokenize import ModelSource
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 
     from .models.model import Model
     from .models.taps import Sink
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,6 @@ class Capture(Stage):
     """
 
     verb: ClassVar[str] = "capture"
-    store: ClassVar[str] = "activations"
-    source: ClassVar[str | None] = "tokenize"
     version: ClassVar[int] = 2
     told_elsewhere: ClassVar[frozenset[str]] = frozenset({"model", "threads"})
 
@@ -60,6 +58,14 @@ class Capture(Stage):
     unit_tokens: int | None = None
     threads: int | None = None
     compression: Literal["none", "zstd"] = "none"
+
+    @property
+    def store(self) -> str:
+        return "activations"
+
+    @property
+    def source(self) -> str | None:
+        return "tokenize"
 
     def check(self) -> None:
         if self.batch < 1:
@@ -133,7 +139,7 @@ class Capture(Stage):
         sizes = {**spec.sizes, "token": source.n_token, "sequence": len(starts), "query": context, "key": context}
         sizes["state_position"] = len(self.state_positions)
         unit_tokens = self.unit_tokens or self._unit_tokens(kinds, sizes, context)
-        per_unit = _sequences_per_unit(starts, source.n_token, unit_tokens)
+        per_unit = sequences_per_unit(starts, source.n_token, unit_tokens)
         arrays: dict[str, Array] = {}
         labels = {name: source.labels[name] for name in LABELS}
         for kind, points in kinds.items():
@@ -176,12 +182,8 @@ class Capture(Stage):
         )
 
     def span(self, unit: Unit, source: Schema, own: Schema) -> slice:
-        """The tokens of every sequence that touches the unit; one that straddles its edge is computed by both
-        neighbours.
-        """
-        starts = source.labels["sequences/start"][1]
-        first, beyond = _touching(starts, unit)
-        return slice(int(starts[first]), int(starts[beyond]) if beyond < len(starts) else source.n_token)
+        """The tokens of every sequence that touches the unit."""
+        return sequences_span(unit, source)
 
     def load(self, device: str, own: Schema) -> Apply:
         """Loads the model. Pieces are the captures of one batch; the unembedding and layers above the last point are
@@ -194,16 +196,10 @@ class Capture(Stage):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         model = load_model(self.model.source, revision=self.model.revision, device=device, dtype=self.dtype)
-        starts = own.labels["sequences/start"][1]
-        ends = np.append(starts[1:], own.n_token)
 
         def apply(block: xr.Dataset, unit: Unit) -> Iterator[xr.DataTree]:
-            token_id, origin = block["token_id"].values.astype(np.int64), int(block.indexes["token"][0])
-            first, beyond = _touching(starts, unit)
-            for at in range(first, beyond, self.batch):
-                batch = Batch(np.arange(at, min(at + self.batch, beyond)), starts, ends, unit)
-                rows = [token_id[starts[s] - origin : ends[s] - origin].tolist() for s in batch.sequences]
-                yield self._capture(model, rows, batch, own)
+            for batch in batches_of(unit, own, self.batch):
+                yield self._capture(model, batch.token_ids(block), batch, own)
 
         return apply
 
@@ -280,117 +276,14 @@ def _values_a_token(kind: str, sizes: Mapping[str, int]) -> int:
     return 1 if kind.startswith("attn.") else -(-width * sizes["sequence"] // sizes["token"])
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences that are computed together, and which of their rows belong to the unit that asked."""
-
-    sequences: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    unit: Unit
-
-    @property
-    def lengths(self) -> list[int]:
-        return [int(self.ends[s] - self.starts[s]) for s in self.sequences]
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """The part of the token axis that the batch covers and the unit owns."""
-        first, last = self.sequences[0], self.sequences[-1]
-        return max(int(self.starts[first]), self.unit.start), min(int(self.ends[last]), self.unit.stop)
-
-    @property
-    def own_sequences(self) -> tuple[int, int]:
-        """The sequences of the batch that start in the unit."""
-        first, beyond = np.searchsorted(self.starts, [self.unit.start, self.unit.stop])
-        return max(int(first), int(self.sequences[0])), min(int(beyond), int(self.sequences[-1]) + 1)
-
-    def long(self, dims: Sequence[str]) -> str:
-        return "token" if "token" in dims else "sequence"
-
-    def coords(self, dims: Sequence[str]) -> dict[str, Any]:
-        import pandas as pd
-
-        return (
-            {"token": pd.RangeIndex(*self.tokens)}
-            if "token" in dims
-            else {"sequence": pd.RangeIndex(*self.own_sequences)}
-        )
-
-    def own_rows(self, tensor: torch.Tensor, array: Array) -> torch.Tensor:
-        """The unit's part of a capture, without padding: `[token, …]`, or `[sequence, …]`, of which `[…, query, key]`
-        has NaN beyond a sequence's end.
-        """
-        if "token" in array.dims:
-            return self._own_tokens(tensor)
-        first, beyond = self.own_sequences
-        if "query" not in array.dims:
-            origin = int(self.sequences[0])
-            return tensor[first - origin : max(first, beyond) - origin]
-        width = array.shape[-1]
-        own = tensor.new_full((max(0, beyond - first), *tensor.shape[1:-2], width, width), float("nan"))
-        for row, sequence in enumerate(range(first, beyond)):
-            n = int(self.ends[sequence] - self.starts[sequence])
-            own[row, ..., :n, :n] = tensor[sequence - int(self.sequences[0]), ..., :n, :n]
-        return own
-
-    def _own_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        first, beyond = self.tokens
-        origin = int(self.starts[self.sequences[0]])
-        if len(set(self.lengths)) == 1:
-            flat = tensor.flatten(0, 1)
-        else:
-            flat = torch.cat([row[:n] for row, n in zip(tensor, self.lengths, strict=True)])
-        return flat[first - origin : max(first, beyond) - origin]
-
-
-def _store(values: torch.Tensor, dtype: str, point: HookPoint) -> tuple[NDArray[Any], dict[str, float]]:
+def _store(values: torch.Tensor, dtype: Dtype, point: HookPoint) -> tuple[NDArray[Any], dict[str, float]]:
     """Values as they are kept, on the host, and what is recorded of them. SchemaError if one does not fit the dtype."""
-    import torch
-
-    stored = values.to(getattr(torch, dtype))
+    stored = cast(values, dtype, str(point), "capture.store_dtype")
     # Of what is finite: a masked attention score is minus infinity, and a record could not say so in JSON.
     found = values.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    largest = float(found.abs().amax()) if found.numel() else 0.0
-    if values.dtype != stored.dtype:
-        if bool((torch.isinf(stored) & ~torch.isinf(values)).any()):
-            raise SchemaError(
-                f"{point}: the value {largest:.6g} does not fit {dtype}, whose largest is "
-                f"{torch.finfo(stored.dtype).max:.6g}. "
-                'Set capture.store_dtype to "bfloat16" or "float32"'
-            )
-        error = _square_sum((stored.float() - values.float()).nan_to_num())
-    else:
-        error = 0.0
-    statistics = {
-        "abs_max": largest,
-        "square_sum": _square_sum(found),
-        "error_square_sum": error,
+    lossy = values.dtype != stored.dtype
+    return on_host(stored), {
+        "abs_max": float(found.abs().amax()) if found.numel() else 0.0,
+        "square_sum": square_sum(found),
+        "error_square_sum": square_sum((stored.float() - values.float()).nan_to_num()) if lossy else 0.0,
     }
-    host = stored.detach().contiguous().cpu()
-    if host.dtype == torch.bfloat16:
-        return host.view(torch.int16).numpy().view(np.uint16), statistics
-    return host.numpy(), statistics
-
-
-def _square_sum(values: torch.Tensor) -> float:
-    """In float64, which Apple's GPUs do not have."""
-    import torch
-
-    wide = values.cpu() if values.device.type == "mps" else values
-    return float(wide.square().sum(dtype=torch.float64))
-
-
-def _touching(starts: NDArray[np.int64], unit: Unit) -> tuple[int, int]:
-    """The sequences [first, beyond) that have tokens in the unit."""
-    return int(np.searchsorted(starts, unit.start, "right")) - 1, int(np.searchsorted(starts, unit.stop, "left"))
-
-
-def _sequences_per_unit(starts: NDArray[np.int64], n_token: int, unit_tokens: int) -> int:
-    """Sequences in a shard: as many as start in every unit, if that is the same for all but the last; else one."""
-    edges = np.arange(0, n_token + unit_tokens, unit_tokens)
-    counts = np.diff(np.searchsorted(starts, edges))
-    full = counts[:-1] if len(counts) > 1 else counts
-    return int(full[0]) if len(full) and (full == full[0]).all() and counts[-1] <= full[0] and full[0] > 0 else 1

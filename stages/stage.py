@@ -25,16 +25,23 @@ Pure: equal blocks give equal pieces. A piece holds rows of `unit` only, and say
 class Stage(ABC):
     """A step as plain data. Subclasses are frozen dataclasses of JSON values, which are part of the step's fingerprint.
 
-    `verb` is the recipe's table, `store` the folder of what it makes, `source` the verb of the step it reads (None: the
-    corpus). `version` is raised whenever the values of the output may change.
+    `verb` is the recipe's table. `version` is raised whenever the values of the output may change.
     """
 
     verb: ClassVar[str]
-    store: ClassVar[str]
-    source: ClassVar[str | None]
     version: ClassVar[int]
     told_elsewhere: ClassVar[frozenset[str]] = frozenset({"model"})
     """Fields that the fingerprint takes from `files`, `identity` or `numerics` instead, as what they stand for."""
+
+    @property
+    @abstractmethod
+    def store(self) -> str:
+        """The folder of what the step makes, in the run's."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str | None:
+        """The verb of the step that this one reads; None: the corpus."""
 
     @abstractmethod
     def check(self) -> None:

@@ -57,8 +57,6 @@ class Tokenize(Stage):
     """
 
     verb: ClassVar[str] = "tokenize"
-    store: ClassVar[str] = "tokens"
-    source: ClassVar[str | None] = None
     version: ClassVar[int] = 1
 
     model: ModelSource
@@ -69,6 +67,14 @@ class Tokenize(Stage):
     separator: str = "auto"
     parse_special: bool = False
     unit_tokens: int | None = None
+
+    @property
+    def store(self) -> str:
+        return "tokens"
+
+    @property
+    def source(self) -> str | None:
+        return None
 
     def check(self) -> None:
         if self.context < 2:

@@ -225,12 +225,23 @@ def _dask_chunks(array: Array) -> dict[str, int]:
 
 
 def read_rows(store: Store, span: slice) -> xr.Dataset:
-    """Tokens [start, stop) of a complete store's root arrays, in memory, with the token's number as the coordinate."""
+    """Tokens [start, stop) of a complete store, with the token's number as the coordinate.
+
+    Root arrays are in memory. What lies in groups may be large and stays lazy, without dask: `<group>/<name>` along
+    `token`, its other dimensions in the group's name too, as in `<group>/layer`, which has its coordinate.
+    """
     import pandas as pd
 
-    columns = {
-        path: (array.dims, KeptArray(store, path, complete=True)._read((span,)))
-        for path, array in store.schema.arrays.items()
-        if "/" not in path
-    }
-    return xr.Dataset(columns, coords={"token": pd.RangeIndex(span.start, span.stop)})
+    columns: dict[str, Any] = {}
+    coords: dict[str, Any] = {"token": pd.RangeIndex(span.start, span.stop)}
+    for path, array in store.schema.arrays.items():
+        group = path.rpartition("/")[0]
+        if not group:
+            columns[path] = (array.dims, KeptArray(store, path, complete=True)._read((span,)))
+        elif "token" in array.dims:
+            dims = [dim if dim == "token" else f"{group}/{dim}" for dim in array.dims]
+            lazy = indexing.LazilyIndexedArray(KeptArray(store, path, complete=True))
+            columns[path] = xr.Variable(dims, lazy).isel(token=span)
+            if "layer" in array.dims:
+                coords[f"{group}/layer"] = store.labels[f"{group}/layer"][1]
+    return xr.Dataset(columns, coords=coords)

@@ -70,6 +70,16 @@ class Activation:
         """Features [row, feature], dense, of preactivations of the same shape; `b_enc` is the encoder's bias."""
         return DENSE[self.kind](self, h, b_enc)
 
+    def ranked(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a counted kind the at most k features of each row: values [row, k], descending, and features [row, k];
+        −1, with value 0, where fewer fire. Of equal values the lower feature comes first.
+        """
+        values, features = RANKED[self.kind](self, h)
+        fires = values != 0
+        values, order = torch.sort(torch.where(fires, values, -torch.inf), dim=-1, descending=True, stable=True)
+        features = torch.where(fires, features, -1).gather(-1, order)
+        return torch.where(features >= 0, values, 0), features
+
 
 NEEDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "relu": (frozenset(), frozenset()),
@@ -141,24 +151,32 @@ def _relu(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
     return h.relu()
 
 
-def _topk(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
+def _topk(activation: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
     assert activation.k is not None
     values, features = top_k(h, activation.k)
-    return _scattered(h, features, values.relu())
+    return values.relu(), features
 
 
-def _abstopk(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
+def _abstopk(activation: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
     assert activation.k is not None
-    _, features = top_k(h.abs(), activation.k)
-    return _scattered(h, features, h.gather(-1, features))
+    features = top_k(h.abs(), activation.k)[1].sort(dim=-1).values
+    return h.gather(-1, features), features
 
 
-def _groupmax(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
+def _groupmax(activation: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
     assert activation.k is not None
     groups = h.relu().unflatten(-1, (activation.k, -1))
-    values, within = groups.max(dim=-1)
+    # torch leaves open at which of equal values the largest is; the first one is the lower feature.
+    values = groups.amax(dim=-1)
+    descending = torch.arange(groups.shape[-1], 0, -1, device=h.device)
+    within = ((groups == values[..., None]) * descending).argmax(dim=-1)
     first = torch.arange(activation.k, device=h.device) * groups.shape[-1]
-    return _scattered(h, within + first, values)
+    return values, within + first
+
+
+def _counted(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
+    values, features = RANKED[activation.kind](activation, h)
+    return _scattered(h, features, values)
 
 
 def _jumprelu(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
@@ -173,11 +191,17 @@ def _gated(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:
     return torch.where(h > 0, magnitude.relu(), 0).to(h.dtype)
 
 
-DENSE: Mapping[str, Callable[[Activation, Tensor, Tensor], Tensor]] = {
-    "relu": _relu,
+RANKED: Mapping[str, Callable[[Activation, Tensor], tuple[Tensor, Tensor]]] = {
     "topk": _topk,
     "abstopk": _abstopk,
     "groupmax": _groupmax,
+}
+"""Counted kind → values and features [row, k], ascending by feature where values are equal."""
+DENSE: Mapping[str, Callable[[Activation, Tensor, Tensor], Tensor]] = {
+    "relu": _relu,
+    "topk": _counted,
+    "abstopk": _counted,
+    "groupmax": _counted,
     "batchtopk": _jumprelu,
     "jumprelu": _jumprelu,
     "gated": _gated,

@@ -112,6 +112,16 @@ class Encoder:
         """Features of rows [row, d_in], the nonzero ones only. Holds [row, feature] preactivations meanwhile."""
         return Sparse.from_dense(self.encode(x))
 
+    def encode_ranked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of rows [row, d_in] of a dictionary that lets at most k through: values [row, k], descending,
+        and features [row, k], −1 (with value 0) where fewer fire. Of equal values the lower feature comes first.
+
+        DictionaryError for an activation without such a k.
+        """
+        if not self.activation.counted:
+            raise DictionaryError(f"{self.provenance.source}: {self.activation.kind} has no most features a token")
+        return self.activation.ranked(self.preactivations(x))
+
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:
             raise DictionaryError(

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .activation import Sparse
+from .activation import Activation, Sparse
 from .dictionary import Dictionary, Encoder, Provenance
 from .errors import DictionaryError
 
@@ -65,6 +65,11 @@ class TranscoderSet:
     dtype: torch.dtype = torch.float32
 
     @property
+    def activation(self) -> Activation:
+        """The activation function of layer 0, read from its encoder; all layers have the same kind and k."""
+        return self.encoder(0).activation
+
+    @property
     def n_layers(self) -> int:
         return len(self.n_features)
 
@@ -76,7 +81,13 @@ class TranscoderSet:
     def encoder(self, layer: int) -> Encoder:
         """The encoder of a layer."""
         self._check_layer(layer)
-        return self.reader.encoder(layer).to(self.device, self.dtype)
+        encoder = self.reader.encoder(layer)
+        if encoder.n_feature != self.n_features[layer] or encoder.d_in != self.d_in:
+            raise DictionaryError(
+                f"{self.provenance.source}: the encoder of layer {layer} is [{encoder.d_in}, {encoder.n_feature}]; "
+                f"[{self.d_in}, {self.n_features[layer]}] was expected"
+            )
+        return encoder.to(self.device, self.dtype)
 
     def layer(self, layer: int) -> Dictionary:
         """The transcoder of a layer, whole. DictionaryError for a cross-layer set, where a layer alone decodes

@@ -7,7 +7,7 @@ every one of the second. `position`, `query` and `key` are counted in each seque
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -37,7 +37,8 @@ class Site:
     """A hook point in one forward: the sizes of its dimensions by name, the lengths of the sequences (shorter ones are
     padded to the longest), and how many positions its layer's attention sees (None: the whole past).
 
-    `shared` is the number of query heads that one key-value head serves.
+    `shared` is the number of query heads that one key-value head serves. `passed` is one for all sites of a forward:
+    in it an intervention at one point leaves, under a key of its own, what another one needs at a later point.
     """
 
     point: HookPoint
@@ -45,10 +46,11 @@ class Site:
     lengths: tuple[int, ...]
     window: int | None
     shared: int
+    passed: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, point: HookPoint, spec: ModelSpec, lengths: tuple[int, ...]) -> "Site":
-        """Give the site of a point for sequences of these lengths."""
+    def of(cls, point: HookPoint, spec: ModelSpec, lengths: tuple[int, ...], passed: dict[object, Tensor]) -> "Site":
+        """Give the site of a point for sequences of these lengths, in the forward that `passed` belongs to."""
         known = {**spec.sizes, "sequence": len(lengths), **dict.fromkeys(PER_TOKEN, max(lengths))}
         slides = point.layer is not None and spec.slides(point.layer)
         # A state is captured after some positions, and can be addressed after any.
@@ -59,6 +61,7 @@ class Site:
             lengths=lengths,
             window=spec.window if slides else None,
             shared=spec.n_heads // spec.n_kv_heads,
+            passed=passed,
         )
 
     def hidden(self, device: torch.device) -> Tensor:

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from .addressing import Site
 from .batch import Batch
 from .errors import HookError
@@ -33,9 +35,10 @@ def resolve(
     last = None if logits else max(wanted)
     blocks: dict[int, dict[str, Tap]] = {}
     top: dict[str, Tap] = {}
+    passed: dict[object, Tensor] = {}
     for point, found in wanted.items():
         place = top if point.layer is None else blocks.setdefault(point.layer, {})
-        site = Site.of(point, spec, batch.lengths)
+        site = Site.of(point, spec, batch.lengths, passed)
         for change in found.changes:
             _check(change, point)
         if point.kind == STATE:

@@ -1,0 +1,196 @@
+"""Encoding rows of activations in blocks of bounded memory, into what a features store takes, with what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...stores.grid import Unit
+from ...stores.schema import Schema
+from ..models.points import HookPoint
+from ..storing import Dtype, cast, on_host
+from .dictionary import Dictionary, Encoder
+from .sites import Site
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ..encode import Encode
+
+PIECE_TOKENS = 4096
+"""Of stored activations that are read at a time."""
+COPIES = 3
+"""Arrays as large as the preactivations that exist beside them while features are chosen."""
+
+
+@dataclass(frozen=True)
+class SiteEncoding:
+    """A site with its encoder on the device, rows to a block, and what is measured on the way."""
+
+    site: Site
+    encoder: Encoder
+    block_rows: int
+    store_dtype: Dtype
+    skip_positions: int
+    fit_every: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether reconstruction is measured: there must be a decoder, and the model's own value to compare with."""
+        return self.fit_every > 0 and isinstance(self.encoder, Dictionary)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The hook points whose activations are taken."""
+        return (self.site.hook, *([self.site.hook_out] if self.fits and self.site.hook_out != self.site.hook else []))
+
+    def rows(self, activations: Tensor) -> Tensor:
+        """Vectors [token, d] of activations [token, …]: one head's, or of all heads end to end."""
+        return activations[:, self.site.head] if self.site.head is not None else activations.flatten(1)
+
+
+def load_encodings(encode: Encode, device: str, own: Schema) -> tuple[SiteEncoding, ...]:
+    """The encoders of a step on the device, and how many rows each takes at a time."""
+    dtype = getattr(torch, encode.dtype)
+    found = []
+    for site in encode.sites:
+        row_bytes = site.n_feature * dtype.itemsize * COPIES
+        found.append(
+            SiteEncoding(
+                site=site,
+                encoder=site.load(device, dtype),
+                block_rows=max(1, encode.memory // row_bytes),
+                store_dtype=encode.store_dtype,
+                skip_positions=encode.skip_positions,
+                fit_every=encode.fit_every,
+            )
+        )
+    return tuple(found)
+
+
+def stored_pieces(
+    block: xr.Dataset, unit: Unit, encodings: Sequence[SiteEncoding]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """First token and activations by hook point of the unit's tokens, a few thousand at a time, read one piece ahead.
+
+    `block` holds lazy `<kind>/value` along `token` and, within blocks of the model, `<kind>/layer`.
+    """
+    names = dict.fromkeys(name for encoding in encodings for name in encoding.reads)
+    held = {name: variable for name in names if (variable := _variable(block, HookPoint.parse(name))) is not None}
+
+    def read(first: int) -> tuple[int, dict[str, Tensor]]:
+        span = slice(first - unit.start, min(first + PIECE_TOKENS, unit.stop) - unit.start)
+        return first, {name: torch.from_numpy(one.isel(token=span).values) for name, one in held.items()}
+
+    with ThreadPoolExecutor(1, "read") as reader:
+        ahead = None
+        for first in range(unit.start, unit.stop, PIECE_TOKENS):
+            following = reader.submit(read, first)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _variable(block: xr.Dataset, point: HookPoint) -> xr.Variable | None:
+    """The lazy activations [token, …] of a point; None where they were not captured."""
+    path = f"{point.kind}/value"
+    if path not in block.variables:
+        return None
+    variable = block.variables[path]
+    if point.layer is None:
+        return variable
+    where = np.flatnonzero(block[f"{point.kind}/layer"].values == point.layer)
+    return variable.isel({f"{point.kind}/layer": int(where[0])}) if len(where) else None
+
+
+def pieces_of(
+    encodings: Sequence[SiteEncoding], activations: Mapping[str, Tensor], first: int, own: Schema
+) -> Iterator[xr.DataTree]:
+    """The features of consecutive tokens from `first` on, as one piece of a features store."""
+    import pandas as pd
+    import xarray as xr
+
+    n_token = len(next(iter(activations.values())))
+    tokens = np.arange(first, first + n_token)
+    starts = own.labels["sequences/start"][1]
+    position = tokens - starts[np.searchsorted(starts, tokens, "right") - 1]
+    nodes = {}
+    for encoding in encodings:
+        counted = position >= encoding.skip_positions
+        variables, statistics = _encode(encoding, activations, tokens, counted)
+        coords = {"token": pd.RangeIndex(first, first + n_token)}
+        nodes[encoding.site.group] = xr.Dataset(variables, coords=coords, attrs={"statistics": statistics})
+    yield xr.DataTree.from_dict(nodes)
+
+
+def _encode(
+    encoding: SiteEncoding, activations: Mapping[str, Tensor], tokens: NDArray[np.int64], counted: NDArray[np.bool_]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Variables of a group's piece, and its statistics, block by block."""
+    x = encoding.rows(activations[encoding.site.hook])
+    blocks, count = [], []
+    for at in range(0, len(x), encoding.block_rows):
+        blocks.append(_block(encoding, x[at : at + encoding.block_rows]))
+        count.append(blocks[-1].pop("count"))
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    fired = np.concatenate(count)
+    dims = ("nonzero",) if encoding.site.rank is None else ("token", "rank")
+    variables: dict[str, Any] = {name: (dims, values) for name, values in columns.items()}
+    if encoding.site.rank is None:
+        variables["count"] = (("token",), fired)
+    statistics = {"token_sum": np.array([counted.sum()]), "l0_sum": np.array([fired[counted].sum()])}
+    return variables, {**statistics, **_fit(encoding, activations, tokens, counted)}
+
+
+def _block(encoding: SiteEncoding, x: Tensor) -> dict[str, NDArray[Any]]:
+    """`feature`, `value` and `count` of one block of rows, as they are kept."""
+    encoder, site = encoding.encoder, encoding.site
+    if site.rank is not None:
+        value, feature = encoder.encode_ranked(x)
+        count = (feature >= 0).sum(-1)
+    else:
+        sparse = encoder.encode_sparse(x)
+        value, feature, count = sparse.value, sparse.feature, sparse.count
+    kept = cast(value, encoding.store_dtype, f"features of {site.source}", "encode's store_dtype")
+    return {
+        "feature": on_host(feature.to(torch.int32)),
+        "value": on_host(kept),
+        "count": on_host(count.to(torch.int32)),
+    }
+
+
+def _fit(
+    encoding: SiteEncoding, activations: Mapping[str, Tensor], tokens: NDArray[np.int64], counted: NDArray[np.bool_]
+) -> dict[str, NDArray[Any]]:
+    """Sums over a sample of the tokens, from which `dictionary_fit` makes FVU and cosine; nothing where there is no
+    decoder, or nothing to compare with.
+    """
+    encoder = encoding.encoder
+    if not isinstance(encoder, Dictionary) or encoding.fit_every == 0 or encoding.site.hook_out not in activations:
+        return {}
+    source, target = (encoding.rows(activations[name]) for name in (encoding.site.hook, encoding.site.hook_out))
+    chosen = torch.from_numpy(np.flatnonzero(counted & (tokens % encoding.fit_every == 0))).to(source.device)
+    x = source[chosen]
+    target = target[chosen].cpu().double()
+    decoded = encoder.decode_sparse(encoder.encode_sparse(x), x).cpu().double()
+    cosine = torch.nn.functional.cosine_similarity(decoded, target, dim=-1)
+    return {
+        "fit_token_sum": np.array([len(chosen)]),
+        "error_square_sum": _numpy((decoded - target).square().sum()),
+        "target_square_sum": _numpy(target.square().sum()),
+        "target_sum": _numpy(target.sum(0)),
+        "cosine_sum": _numpy(cosine.sum()),
+    }
+
+
+def _numpy(value: Tensor) -> NDArray[np.float64]:
+    return np.atleast_1d(value.cpu().numpy())
