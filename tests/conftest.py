@@ -123,10 +123,18 @@ def texts() -> list[str]:
 def make_recipe(tiny_model: Path, texts: list[str], tmp_path: Path) -> Callable[..., Path]:
     """Writes a recipe, and beside it a corpus of JSON lines, into the test's folder and gives the recipe's path.
 
-    `make_recipe(name, texts=…, model=…, tokenize={…}, capture={…})`: keys of the tables [tokenize] and [capture]
-    beyond the defaults, which keep the residual stream of all layers from packed windows of 16 tokens in units of 64.
-    `capture=None` leaves the table out.
+    `make_recipe(name, texts=…, model=…, tokenize={…}, capture={…}, encode={…}, train={…})`: keys of the tables
+    [tokenize] and [capture] beyond the defaults, which keep the residual stream of all layers from packed windows of 16
+    tokens in units of 64; `capture=None` leaves the table out. `encode` and `train` hold a table for each name.
     """
+
+    def lines(table: str, keys: dict[str, Any]) -> Iterator[str]:
+        # A JSON value is a TOML value, null and objects excepted.
+        yield f"[{table}]\n"
+        yield from (f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if not isinstance(value, dict))
+        for key, value in keys.items():
+            if isinstance(value, dict):
+                yield from lines(f"{table}.{key}", value)
 
     def make(
         name: str = "recipe",
@@ -135,6 +143,8 @@ def make_recipe(tiny_model: Path, texts: list[str], tmp_path: Path) -> Callable[
         model: str | Path = tiny_model,
         tokenize: dict[str, Any] | None = None,
         capture: dict[str, Any] | None = {},  # noqa: B006 - None has a meaning of its own
+        encode: dict[str, dict[str, Any]] | None = None,
+        train: dict[str, dict[str, Any]] | None = None,
     ) -> Path:
         corpus = tmp_path / f"{name}.jsonl"
         corpus.write_text("".join(json.dumps({"id": f"doc-{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
@@ -145,14 +155,10 @@ def make_recipe(tiny_model: Path, texts: list[str], tmp_path: Path) -> Callable[
         }
         if capture is not None:
             tables["capture"] = {"hooks": ["blocks.*.hook_resid_post"], "unit_tokens": 64, **capture}
+        named = {"train": train or {}, "encode": encode or {}}
+        tables |= {f"{kind}.{key}": keys for kind, held in named.items() for key, keys in held.items()}
         path = tmp_path / f"{name}.toml"
-        # A JSON value is a TOML value, null excepted.
-        path.write_text(
-            "\n".join(
-                f"[{table}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-                for table, keys in tables.items()
-            )
-        )
+        path.write_text("".join(line for table, keys in tables.items() for line in lines(table, keys)))
         return path
 
     return make

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
+    from forebay.stages.analyze.dictionary_fit import dictionary_fit
     from forebay.stages.analyze.intervention_effect import intervention_effect
     from forebay.stages.analyze.logit_lens import logit_lens
+    from forebay.stages.dictionaries.load import load_dictionary
+    from forebay.stages.dictionaries.save import save_dictionary
     from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention
     from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
     from forebay.stages.models.load import load_model
@@ -40,7 +43,9 @@ _HOMES = {
     "SteerAttention": "forebay.stages.models.edges",
     "Zero": "forebay.stages.models.interventions",
     "check_compatibility": "forebay.stages.models.source",
+    "dictionary_fit": "forebay.stages.analyze.dictionary_fit",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
+    "load_dictionary": "forebay.stages.dictionaries.load",
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
@@ -48,6 +53,7 @@ _HOMES = {
     "open_store": "forebay.stores.tree",
     "plan": "forebay.pipeline.plan",
     "run": "forebay.pipeline.run",
+    "save_dictionary": "forebay.stages.dictionaries.save",
 }
 
 __version__ = metadata.version("forebay")
@@ -68,7 +74,9 @@ __all__ = [
     "SteerAttention",
     "Zero",
     "check_compatibility",
+    "dictionary_fit",
     "intervention_effect",
+    "load_dictionary",
     "load_model",
     "load_unembedding",
     "logit_lens",
@@ -76,6 +84,7 @@ __all__ = [
     "open_store",
     "plan",
     "run",
+    "save_dictionary",
 ]
 
 if not TYPE_CHECKING:
