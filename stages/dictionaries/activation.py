@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import DictionaryError
+from .selection import above, top_k
 
 Kind = Literal["relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated"]
 
@@ -15,6 +16,37 @@ COUNTED = frozenset({"topk", "abstopk", "groupmax"})
 """Kinds that let at most k features of a token through, whatever the token: stored as regular arrays."""
 THRESHOLDED = frozenset({"batchtopk", "jumprelu"})
 """Kinds that compare each preactivation with the feature's threshold."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparse:
+    """Features that fire, row by row (compressed rows): `count[row]` int64, and end to end `feature[nonzero]` int64,
+    ascending within a row, and `value[nonzero]`. Feature 0 is a feature like any other; what does not fire is absent.
+    `n_feature` is the width of the dictionary.
+    """
+
+    count: Tensor
+    feature: Tensor
+    value: Tensor
+    n_feature: int
+
+    @property
+    def row(self) -> Tensor:
+        """The row of every nonzero [nonzero], int64."""
+        rows = torch.arange(len(self.count), device=self.count.device)
+        return torch.repeat_interleave(rows, self.count, output_size=len(self.feature))
+
+    @classmethod
+    def from_dense(cls, values: Tensor) -> "Sparse":
+        """The nonzeros of dense features [row, feature]."""
+        row, feature = values.nonzero(as_tuple=True)
+        return cls(torch.bincount(row, minlength=len(values)), feature, values[row, feature], values.shape[-1])
+
+    def to_dense(self) -> Tensor:
+        """Dense features [row, feature]."""
+        dense = self.value.new_zeros(len(self.count), self.n_feature)
+        dense[self.row, self.feature] = self.value
+        return dense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,6 +102,14 @@ class Activation:
         """Features [row, feature], dense, of preactivations of the same shape; `b_enc` is the encoder's bias."""
         return DENSE[self.kind](self, h, b_enc)
 
+    def sparse(self, h: Tensor, b_enc: Tensor) -> Sparse:
+        """The features of preactivations [row, feature] that fire."""
+        if self.kind in THRESHOLDED or self.kind == "relu":
+            bound = 0.0 if self.threshold is None else self.threshold.clamp(min=0)
+            row, feature = above(h, bound)
+            return Sparse(torch.bincount(row, minlength=len(h)), feature, h[row, feature], h.shape[-1])
+        return Sparse.from_dense(self(h, b_enc))
+
     def ranked(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Of a counted kind the at most k features of each row: values [row, k], descending, and features [row, k];
         −1, with value 0, where fewer fire. Of equal values the lower feature comes first.
@@ -91,56 +131,6 @@ NEEDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "gated": (frozenset({"r_mag", "b_mag"}), frozenset()),
 }
 """Kind → parameters that it must have, and those that it may have besides."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sparse:
-    """Features that fire, row by row (compressed rows): `count[row]` int64, and end to end `feature[nonzero]` int64,
-    ascending within a row, and `value[nonzero]`. Feature 0 is a feature like any other; what does not fire is absent.
-    `n_feature` is the width of the dictionary.
-    """
-
-    count: Tensor
-    feature: Tensor
-    value: Tensor
-    n_feature: int
-
-    @property
-    def row(self) -> Tensor:
-        """The row of every nonzero [nonzero], int64."""
-        rows = torch.arange(len(self.count), device=self.count.device)
-        return torch.repeat_interleave(rows, self.count, output_size=len(self.feature))
-
-    @classmethod
-    def from_dense(cls, values: Tensor) -> "Sparse":
-        """The nonzeros of dense features [row, feature]."""
-        row, feature = values.nonzero(as_tuple=True)
-        return cls(torch.bincount(row, minlength=len(values)), feature, values[row, feature], values.shape[-1])
-
-    def to_dense(self) -> Tensor:
-        """Dense features [row, feature]."""
-        dense = self.value.new_zeros(len(self.count), self.n_feature)
-        dense[self.row, self.feature] = self.value
-        return dense
-
-
-def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row [row, k]: values descending and features; of equal values the lower feature wins, on
-    every device. k larger than the row gives the whole row.
-    """
-    k = min(k, h.shape[-1])
-    values, features = torch.topk(h, min(k + 1, h.shape[-1]), dim=-1)
-    if values.shape[-1] > k:
-        # torch leaves open which of equal values it takes: where the last one taken has an equal that was not, look
-        # again.
-        tied = values[:, k - 1] == values[:, k]
-        values, features = values[:, :k].clone(), features[:, :k].clone()
-        if bool(tied.any()):
-            again, order = torch.sort(h[tied], dim=-1, descending=True, stable=True)
-            values[tied], features[tied] = again[:, :k], order[:, :k]
-    features, order = torch.sort(features, dim=-1)
-    values, order = torch.sort(values.gather(-1, order), dim=-1, descending=True, stable=True)
-    return values, features.gather(-1, order)
 
 
 def _scattered(h: Tensor, features: Tensor, values: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Encoder:
 
     def encode_sparse(self, x: Tensor) -> Sparse:
         """Features of rows [row, d_in], the nonzero ones only. Holds [row, feature] preactivations meanwhile."""
-        return Sparse.from_dense(self.encode(x))
+        return self.activation.sparse(self.preactivations(x), self.b_enc)
 
     def encode_ranked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The features of rows [row, d_in] of a dictionary that lets at most k through: values [row, k], descending,
@@ -171,7 +171,12 @@ class Dictionary(Encoder):
     @property
     def needs_input(self) -> bool:
         """Whether decoding takes the activations besides the features: for a skip connection, or to undo a norm."""
-        return self.W_skip is not None or (self.denormalize and self.input_norm != "none")
+        return self.W_skip is not None or self.undoes_norm
+
+    @property
+    def undoes_norm(self) -> bool:
+        """Whether what is decoded is multiplied, and moved, by what the input's norm took away."""
+        return self.denormalize and self.input_norm != "none"
 
     @property
     def decoder_norms(self) -> Tensor:
@@ -195,6 +200,13 @@ class Dictionary(Encoder):
             features.feature, self.W_dec, starts, mode="sum", per_sample_weights=features.value.to(self.dtype)
         )
         return self._finish(summed + self.b_dec, x)
+
+    def output_scale(self, x: Tensor) -> Tensor:
+        """What decoder rows are multiplied by on the way out besides the features: [..., 1], 1 unless a norm of the
+        input [..., d_in] is undone.
+        """
+        factor = self._normalized(x)[1] if self.undoes_norm else None
+        return torch.ones_like(x[..., :1], device=self.device, dtype=self.dtype) if factor is None else factor
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Decoded features of activations: [..., d_out] for [..., d_in]."""

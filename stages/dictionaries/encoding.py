@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...stores.errors import SchemaError
 from ...stores.grid import Unit
 from ...stores.schema import Schema
 from ..models.points import HookPoint
@@ -137,6 +138,12 @@ def _encode(
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Variables of a group's piece, and its statistics, block by block."""
     x = encoding.rows(activations[encoding.site.hook])
+    if not bool(torch.isfinite(x).all()):
+        first = int(tokens[int((~torch.isfinite(x)).any(-1).nonzero()[0])])
+        raise SchemaError(
+            f"{encoding.site.hook}: the activations of token {first} are NaN or infinite, and have no features. "
+            'Capture in a wider dtype ("float32" or "bfloat16")'
+        )
     blocks, count = [], []
     for at in range(0, len(x), encoding.block_rows):
         blocks.append(_block(encoding, x[at : at + encoding.block_rows]))
