@@ -96,7 +96,7 @@ def hooked(model: Model, rows: Sequence[torch.Tensor], hooks: HookSpec | None) -
 
 
 def capture(plan: Plan) -> float:
-    """Seconds of the capture step: reading tokens, forward, dtype, shards, fsync, checksums, records; without loading."""
+    """Seconds of the capture step: reading tokens, forward, dtype, shards, fsync, checksums, records; no loading."""
     step = plan.steps[1]
     shutil.rmtree(step.folder, ignore_errors=True)
     outcome = run_step(plan, step, Quiet(), Event())
