@@ -274,7 +274,7 @@ def test_encoding_without_captured_activations_is_refused_at_once(make_recipe: M
 @pytest.mark.parametrize(
     ("hook", "d_in", "settings", "message"),
     [
-        ("blocks.1.hook_resid_pos", WIDTH, {}, r"does not have.* Did you mean 'blocks.1.hook_resid_post'"),
+        ("blocks.3.hook_resid_post", WIDTH, {}, r"does not have.* Did you mean 'blocks.\d.hook_resid_post'"),
         ("blocks.0.hook_resid_pre", WIDTH, {}, r"was not captured.*\.fused = true"),
         (HOOK, WIDTH - 1, {}, r"reads vectors of width 27; .* is 28 wide"),
         ("blocks.1.attn.hook_pattern", WIDTH, {"fused": True}, r"has no vector a token"),
