@@ -1,8 +1,10 @@
 """Where a dictionary lies: a folder or a file on this machine, or a folder or a file of a hub repository."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..models.errors import nearest
@@ -16,7 +18,8 @@ _HUB = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?P<inside>(?:/[\w.=+-]+)
 class Place:
     """A folder that holds a dictionary, here or on the hub. `source` is what the user named; `repo` the hub's
     repository, or None; `inside` the path in it, or on this machine the whole path. `file` is the one file that was
-    named, where it was a file. `names` lists the files below the folder, `fetch` gives one as a local path.
+    named, where it was a file. `names` lists the files below the folder, `fetch` gives one as a local path. A place
+    can be pickled, and fetches wherever it is unpickled.
     """
 
     source: str
@@ -45,11 +48,13 @@ def find(source: str | Path, revision: str | None = None) -> Place:
     A hub repository is listed, not fetched; without a network its cached files are what is there. DictionaryError if
     there is no such thing.
     """
-    text, path = str(source), Path(source).expanduser()
-    if not text.startswith("hf://") and path.exists():
+    text = str(source)
+    path = None if text.startswith("hf://") else _existing(text)
+    if path is not None:
         if revision is not None:
             raise DictionaryError(f"{text} is on this machine and has no revisions; {revision!r} was asked for")
-        return _on_disk(text, path.resolve())
+        # links are not followed: the hub's cache is made of them, to files whose names say nothing
+        return _on_disk(text, Path(os.path.abspath(path)))
     match = _HUB.fullmatch(text)
     if match is None or text.startswith((".", "/")):
         raise DictionaryError(f"there is no file or folder {text!r}, nor is it a hub reference, 'org/repo/folder'")
@@ -61,13 +66,17 @@ def find(source: str | Path, revision: str | None = None) -> Place:
     return _on_hub(text, match["repo"], match["revision"] or revision, inside)
 
 
+def _existing(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path if text and path.exists() else None
+    except (OSError, RuntimeError):  # a name too long for a file, or no such user's home
+        return None
+
+
 def _on_disk(source: str, path: Path) -> Place:
     folder, file = (path.parent, path.name) if path.is_file() else (path, None)
     names = (file,) if file else tuple(_below(folder))
-
-    def fetch(name: str) -> Path:
-        return folder / name
-
     return Place(
         source=source,
         repo=None,
@@ -75,7 +84,7 @@ def _on_disk(source: str, path: Path) -> Place:
         inside=PurePosixPath(folder.as_posix()),
         file=file,
         names=names,
-        fetch=fetch,
+        fetch=partial(Path, folder),
     )
 
 
@@ -91,14 +100,15 @@ def _on_hub(source: str, repo: str, revision: str | None, inside: PurePosixPath)
     if not names:
         folders = {"/".join(name.split("/")[:-1]) for name in listed}
         raise DictionaryError(f"{repo} has no folder or file {str(inside)!r}.{nearest(str(inside), folders)}")
-
-    def fetch(name: str) -> Path:
-        with hub_refusals(repo, revision, DictionaryError):
-            from huggingface_hub import hf_hub_download
-
-            return Path(hf_hub_download(repo, str(folder / name), revision=commit or revision))
-
+    fetch = partial(_from_hub, repo, commit or revision, folder)
     return Place(source=source, repo=repo, revision=commit, inside=folder, file=file, names=names, fetch=fetch)
+
+
+def _from_hub(repo: str, revision: str | None, folder: PurePosixPath, name: str) -> Path:
+    with hub_refusals(repo, revision, DictionaryError):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo, str(folder / name), revision=revision))
 
 
 def _listing(repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None]:

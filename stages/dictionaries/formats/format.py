@@ -1,10 +1,12 @@
 """What a format is, and what the modules of formats share: reading tensors safely, checking names and sizes."""
 
 import json
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+import zlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +41,8 @@ class Hooks:
                 f"{place.source} does not say at which hook point it reads; give it, as in "
                 'hook="blocks.12.hook_resid_post"'
             )
-        return hook, self.hook_out or found_out or hook
+        predicted = None if found_out == found else found_out
+        return hook, self.hook_out or predicted or hook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,28 +98,52 @@ def read_pickled(path: Path) -> Any:
 
 
 MOST_NPZ_BYTES = 2**36
+MOST_NPZ_RATIO = 100
+"""How many times larger an array may be than it is packed, from 64 MiB on: weights hardly pack at all."""
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an .npz file, nothing unpickled. DictionaryError if it is damaged, holds objects, or would unpack
-    to more than the headers of its arrays, or 64 GiB, allow (a bomb).
+    """The arrays of an .npz file, nothing unpickled. DictionaryError if it is damaged, holds objects, or is a bomb: if
+    it would unpack to more than the shapes of its arrays take, to more than 64 GiB, or to a hundred times its size.
     """
     import numpy as np
 
     try:
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MOST_NPZ_BYTES:
-            raise DictionaryError(f"{path} would unpack to {unpacked:,} bytes; at most {MOST_NPZ_BYTES:,} are read")
+            entries = archive.infolist()
+            _check_unpacked(entries, path)
+            for entry in entries:
+                _check_array(archive, entry)
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, KeyError) as error:
+            return {name: torch.from_numpy(np.asarray(arrays[name], order="C")) for name in arrays.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, TypeError, KeyError, RuntimeError) as error:
+        if isinstance(error, DictionaryError):
+            raise
         raise DictionaryError(f"{path} is no .npz file of plain arrays, or it is damaged: {error}") from error
 
 
-def exactly(
-    tensors: Mapping[str, Tensor], needed: Collection[str], path: Path, *, optional: Collection[str] = ()
-) -> None:
+def _check_unpacked(entries: Collection[zipfile.ZipInfo], path: Path) -> None:
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > MOST_NPZ_BYTES:
+        raise DictionaryError(f"{path} would unpack to {unpacked:,} bytes; at most {MOST_NPZ_BYTES:,} are read")
+    if unpacked > max(2**26, MOST_NPZ_RATIO * path.stat().st_size):
+        raise DictionaryError(f"{path} would unpack to {unpacked:,} bytes, {MOST_NPZ_RATIO} times its size and more")
+
+
+def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """ValueError unless an array, by its header, takes the bytes that are there: numpy makes room for it at once."""
+    from numpy.lib import format as npy
+
+    with archive.open(entry) as file:
+        read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{entry.filename} holds Python's objects")
+        if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != entry.file_size - file.tell():
+            raise ValueError(f"{entry.filename} of shape {shape} does not take its {entry.file_size:,} bytes")
+
+
+def exactly(tensors: Collection[str], needed: Collection[str], path: Path, *, optional: Collection[str] = ()) -> None:
     """DictionaryError unless a file holds all the tensors `needed`, and of others only `optional` ones: what is not
     understood would change what the dictionary does.
     """

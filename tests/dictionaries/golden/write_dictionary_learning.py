@@ -35,6 +35,8 @@ CASES = {
     "batchtopk_untrained": (BatchTopKSAE, (8, 27, 4), "gpt_neox.layers.2", 2, "out"),
     "matryoshka": (MatryoshkaBatchTopKSAE, (15, 36, 7, [5, 11, 20]), "blocks.9.resid_post", 9, "out"),
 }
+# that of the top k is ignored, and larger than some of them
+THRESHOLDS = {"topk": 9.0, "batchtopk": 1.75, "matryoshka": 1.75}
 
 
 def randomize(ae: torch.nn.Module, case: str) -> None:
@@ -44,8 +46,8 @@ def randomize(ae: torch.nn.Module, case: str) -> None:
             parameter.copy_(torch.randn(parameter.shape) * (0.4 if small else 1.0))
             if name in ("decoder.weight", "W_dec") and case != "standard_unnormalized":
                 parameter /= parameter.norm(dim=0 if name == "decoder.weight" else 1, keepdim=True)
-        if case in ("topk", "batchtopk", "matryoshka"):
-            ae.threshold.fill_(1.75)
+        if case in THRESHOLDS:
+            ae.threshold.fill_(THRESHOLDS[case])
 
 
 def write(case: str) -> None:

@@ -1,4 +1,4 @@
-"""Writes tests/dictionaries/golden/sparsify: small random coders that sparsify saves, and what sparsify makes of inputs.
+"""Writes tests/dictionaries/golden/sparsify: small random coders that sparsify saves, and what it makes of inputs.
 
 Runs where sparsify 1.3.3 is installed (`pip install eai-sparsify==1.3.3`), on the CPU, and imports nothing of forebay:
 
@@ -18,17 +18,19 @@ from sparsify import SparseCoder, SparseCoderConfig
 
 HERE = Path(__file__).parent / "sparsify"
 
-# case: hookpoint, d_in, what the configuration says, dtype of the weights, what else is done
+TRAINING = {"normalize_decoder": False, "multi_topk": True}
+
+# case: hookpoint, d_in, what the configuration says
 CASES = {
-    "topk": ("layers.10", 13, {"num_latents": 37, "k": 5}, torch.float32),
-    "expanded": ("layers.3.mlp", 11, {"expansion_factor": 3, "k": 4, "normalize_decoder": False, "multi_topk": True}, torch.float32),
-    "groupmax": ("h.2.attn", 12, {"activation": "groupmax", "num_latents": 42, "k": 6}, torch.float32),
-    "transcoder": ("layers.7.mlp", 9, {"num_latents": 29, "k": 3, "transcode": True}, torch.float32),
-    "skip": ("layers.1.mlp", 10, {"num_latents": 31, "k": 4, "transcode": True, "skip_connection": True}, torch.float32),
-    "skip_of_2024": ("layers.5.mlp", 8, {"num_latents": 26, "k": 2, "skip_connection": True}, torch.float32),
-    "bfloat16": ("layers.4/seed1", 14, {"num_latents": 39, "k": 7}, torch.bfloat16),
-    "ties": ("layers.6", 7, {"num_latents": 34, "k": 3}, torch.float32),
-}  # fmt: skip
+    "topk": ("layers.10", 13, {"num_latents": 37, "k": 5}),
+    "expanded": ("layers.3.mlp", 11, {"expansion_factor": 3, "k": 4, **TRAINING}),
+    "groupmax": ("h.2.attn", 12, {"activation": "groupmax", "num_latents": 42, "k": 6}),
+    "transcoder": ("layers.7.mlp", 9, {"num_latents": 29, "k": 3, "transcode": True}),
+    "skip": ("layers.1.mlp", 10, {"num_latents": 31, "k": 4, "transcode": True, "skip_connection": True}),
+    "skip_of_2024": ("layers.5.mlp", 8, {"num_latents": 26, "k": 2, "skip_connection": True}),
+    "bfloat16": ("layers.4/seed1", 14, {"num_latents": 39, "k": 7}),
+    "ties": ("layers.6", 7, {"num_latents": 34, "k": 3}),
+}
 N_ROWS = 17
 
 
@@ -44,7 +46,8 @@ def randomize(coder: SparseCoder, case: str) -> None:
 
 
 def write(case: str) -> None:
-    hookpoint, d_in, said, dtype = CASES[case]
+    hookpoint, d_in, said = CASES[case]
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     folder = HERE / case / hookpoint
     coder = SparseCoder(d_in, SparseCoderConfig(**said), dtype=dtype)
     randomize(coder, case)
@@ -54,6 +57,7 @@ def write(case: str) -> None:
         del config["transcode"], config["activation"]
         (folder / "cfg.json").write_text(json.dumps(config | {"signed": False}))
     loaded = SparseCoder.load_from_disk(folder).float()
+    loaded.cfg.multi_topk = False  # with it, what a call gives is made of the 4 k features of that loss
     x = torch.randn(N_ROWS, d_in) * 1.5
     with torch.no_grad():
         encoded = loaded.encode(x)
