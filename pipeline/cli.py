@@ -46,6 +46,7 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(command)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        from ..stages.dictionaries.errors import DictionaryError
         from ..stages.models.errors import HookError, ModelError
         from ..stores.errors import FULL, CorruptStore, DiskFull, ForebayError
 
@@ -53,7 +54,7 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (DiskFull, CorruptStore) as error:
             raise Broken(str(error)) from error
-        except (ForebayError, ModelError, HookError) as error:
+        except (ForebayError, ModelError, HookError, DictionaryError) as error:
             raise Refusal(str(error)) from error
         except KeyboardInterrupt:
             # Before a run could take signals over, or at the second one. Exit code 1 would say that units had failed.
@@ -77,6 +78,7 @@ def main() -> None:
     forebay run RECIPE       do it, or go on with it
     forebay status RUN       how far it is
     forebay lens RUN         a first look: what each layer would say next
+    forebay features RUN     what its dictionaries' features fire at
     """
 
 
@@ -121,6 +123,57 @@ def run(recipe: Path, to: Path | None, device: str) -> None:
     outcome = run_recipe(recipe, to, device=device, progress=progress_for(console(err=True)))
     console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
     sys.exit(outcome.code)
+
+
+@main.command()
+@RECIPE
+@click.argument("names", nargs=-1)
+@TO
+@DEVICE
+@refuse
+def train(recipe: Path, names: tuple[str, ...], to: Path | None, device: str) -> None:
+    """Train the dictionaries of RECIPE's tables [train.NAME], or only NAMES, on what its run has captured.
+
+    Goes on where an earlier call stopped; Ctrl-C and SIGTERM stop cleanly, with exit code 75. `forebay run` trains them
+    too, between capturing and encoding.
+    """
+    from .dictionaries import train_recipe
+    from .progress import progress_for
+    from .recipe import read_recipe
+    from .report.tables import console
+
+    sys.exit(train_recipe(read_recipe(recipe), names, to, device, progress_for(console(err=True))))
+
+
+@main.command()
+@RUN
+@click.argument("name", required=False)
+@refuse
+def index(run: Path, name: str | None) -> None:
+    """Build the index of RUN's features, or only of those called NAME: it says where a feature fires.
+
+    `forebay run` builds it too; this builds one that is missing or damaged. Goes on where an earlier call stopped.
+    """
+    from .dictionaries import index_run
+    from .progress import progress_for
+    from .report.tables import console
+
+    sys.exit(index_run(run, name, progress_for(console(err=True))))
+
+
+@main.command()
+@RUN
+@click.argument("name", required=False)
+@click.argument("features", nargs=-1, type=int)
+@click.option("--contexts", default=5, show_default=True, help="Contexts of each feature, the strongest first.")
+@click.option("--window", default=12, show_default=True, help="Tokens shown before and after.")
+@refuse
+def features(run: Path, name: str | None, features: tuple[int, ...], contexts: int, window: int) -> None:
+    """How well the dictionary NAME fits RUN's activations, and where FEATURES fire (by default five telling ones)."""
+    from .report.features import feature_report
+    from .report.tables import console, features_text
+
+    console().print(features_text(feature_report(run, name, features, contexts, window)))
 
 
 @main.command()

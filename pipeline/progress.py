@@ -47,6 +47,10 @@ class Progress(ABC):
     def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
         """A unit failed; its traceback stands in a record at `path`."""
 
+    @abstractmethod
+    def working(self, what: str, done: int, total: int, said: str) -> None:
+        """Work that is not cut into units: `done` of `total` of `what`, and what there is to say of it."""
+
 
 class Quiet(Progress):
     """Says nothing."""
@@ -56,6 +60,7 @@ class Quiet(Progress):
     def advance(self, tokens: int) -> None: ...
     def recorded(self, unit: Unit, record: Record) -> None: ...
     def failed(self, unit: Unit, error: BaseException, path: Path) -> None: ...
+    def working(self, what: str, done: int, total: int, said: str) -> None: ...
 
 
 class Rate:
@@ -78,6 +83,7 @@ class Lines(Progress):
     """One plain line a unit, and one every half minute between them: for logs of batch jobs."""
 
     every = 30.0
+    between = 10.0
 
     def __init__(self, console: Console) -> None:
         self.console, self.step, self.rate, self.said = console, "", Rate(0, 0), time.monotonic()
@@ -103,6 +109,10 @@ class Lines(Progress):
     def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
         self._say(f"{self.step}: unit {unit.index} FAILED: {error} (traceback in {path})")
 
+    def working(self, what: str, done: int, total: int, said: str) -> None:
+        if done >= total or time.monotonic() - self.said > self.between:
+            self._say(f"{what}: {done:,} of {total:,}" + (f", {said}" if said else ""))
+
     def _state(self) -> str:
         left = self.rate.left
         eta = "" if left is None else f", {duration(left)} left"
@@ -119,14 +129,15 @@ class Terminal(Progress):
 
     def __init__(self, console: Console) -> None:
         self.bars = Bars(
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("tokens  {task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
         )
         self.task: TaskID | None = None
+        self.works: dict[str, TaskID] = {}
         self.counting: TaskID | None = None
         self.rate = Rate(0, 0)
 
@@ -155,7 +166,7 @@ class Terminal(Progress):
     def advance(self, tokens: int) -> None:
         assert self.task is not None
         self.rate.fresh += tokens
-        self.bars.update(self.task, advance=tokens, rate=f"{self.rate.per_second:,.0f}/s")
+        self.bars.update(self.task, advance=tokens, rate=f"{self.rate.per_second:,.0f} tokens/s")
 
     def recorded(self, unit: Unit, record: Record) -> None: ...
 
@@ -163,6 +174,11 @@ class Terminal(Progress):
         self.bars.console.print(
             f"unit {unit.index} FAILED: {error} (traceback in {path})", highlight=False, markup=False
         )
+
+    def working(self, what: str, done: int, total: int, said: str) -> None:
+        if what not in self.works:
+            self.works[what] = self.bars.add_task(what, total=total, rate="")
+        self.bars.update(self.works[what], completed=done, total=total, rate=said)
 
 
 def progress_for(console: Console) -> Progress:

@@ -7,19 +7,17 @@ there are.
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
-from types import FrameType
 
 import xarray as xr
 
+from ..stages.encode import Encode
 from ..stages.stage import Apply
 from ..stores.errors import DiskFull
 from ..stores.fingerprint import versions, whereabouts
@@ -27,16 +25,12 @@ from ..stores.grid import Unit
 from ..stores.ledger import Record
 from ..stores.store import Store
 from ..stores.writer import UnitWriter
+from .dictionaries import index_features, train_in_run
 from .exit_codes import COMPLETE, FAILED, INTERRUPTED
 from .plan import Plan, Source, Step, default_folder, load_plan, make_plan, resolve_device
 from .progress import Progress, Quiet
 from .recipe import Recipe, read_recipe
-
-STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-class Stopped(Exception):
-    """Raised between two blocks of the corpus when the run is to stop; caught in `run`."""
+from .stopping import Stopped, stop_on_signals
 
 
 @dataclass
@@ -97,15 +91,31 @@ def run(
             plan = make_plan(recipe, where, resolve_device(device), counted)
         except Stopped:
             return Outcome(where, (), True)
-        plan.check_space()
         plan.save()
-        steps: list[StepOutcome] = []
-        for step in plan.steps:
-            steps.append(run_step(plan, step, progress, stop))
-            if steps[-1].failed or stop.is_set():
-                break
-        interrupted = stop.is_set() and any(step.todo() for step in plan.steps)
+        steps = run_steps(plan, (), progress, stop)
+        whole = not stop.is_set() and not any(step.failed for step in steps)
+        if whole and all(train_in_run(recipe, where, name, plan.device, progress, stop) for name in recipe.training):
+            plan = make_plan(recipe, where, plan.device) if plan.waiting else plan
+            steps += run_steps(plan, steps, progress, stop)
+        interrupted = stop.is_set() and (bool(plan.waiting) or any(step.todo() for step in plan.steps))
     return Outcome(plan.folder, tuple(steps), interrupted)
+
+
+def run_steps(plan: Plan, before: Sequence[StepOutcome], progress: Progress, stop: Event) -> list[StepOutcome]:
+    """The steps of a plan in order, but for those that ran before, up to the first one that fails. Features are indexed
+    when all of them are there.
+    """
+    plan.check_space()
+    ran, steps = {step.name for step in before}, list[StepOutcome]()
+    for step in plan.steps:
+        if step.stage.store in ran:
+            continue
+        steps.append(run_step(plan, step, progress, stop))
+        if steps[-1].failed or stop.is_set():
+            break
+        if isinstance(step.stage, Encode):
+            index_features(step.folder, progress, stop)
+    return steps
 
 
 def run_unit(folder: str | Path, step: str, index: int, device: str = "auto") -> Record:
@@ -222,29 +232,3 @@ def _compute(
 
 def _n_token(piece: xr.DataTree) -> int:
     return max((node.sizes.get("token", 0) for node in piece.subtree), default=0)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set, once; a second one interrupts at once. Outside the main thread,
-    never set.
-    """
-    stop = Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    former: dict[signal.Signals, Callable[..., object] | int | None] = {}
-    try:
-        for number in STOPPING:
-            former[number] = signal.signal(number, ask)
-    except ValueError:
-        # Only the main thread may handle signals; a run started elsewhere is stopped by whoever started it.
-        former.clear()
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -1,1 +1,117 @@
-"""To be written."""
+"""What a run's tree can do beside holding data: `run.batches(…)`, `run.features(…)`. Importing this module registers
+both with xarray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from ..stores.batches import Batches
+from ..stores.errors import SchemaError, nearest
+from ..stores.feature_rows import KIND, groups_of
+from ..stores.features import Features
+from ..stores.store import Store
+from ..stores.tree import run_stores
+from .models.points import HookPoint
+
+if TYPE_CHECKING:
+    from .models.checkpoint import Tokenizer
+
+
+@xr.register_datatree_accessor("batches")  # type: ignore[no-untyped-call]
+class BatchesAccessor:
+    """`run.batches("blocks.15.hook_resid_post", batch=4096, seed=0)`: minibatches of a run's activations, shuffled.
+
+    Called with the name of a hook point, or a list of several, and the settings of `Batches`, which it gives. Raises
+    HookError for a name that is no hook point, and what `Batches` raises.
+    """
+
+    def __init__(self, tree: xr.DataTree) -> None:
+        self._tree = tree
+
+    def __call__(self, hooks: str | Sequence[str], **settings: Any) -> Batches:
+        if "source" not in self._tree.encoding:
+            raise SchemaError("this tree does not say where its run lies: ask for batches of what `open_run` gives")
+        names = (hooks,) if isinstance(hooks, str) else hooks
+        found = tuple(str(HookPoint.parse(name)) for name in names)
+        return Batches(
+            run=self._tree.encoding["source"], hooks=found[0] if isinstance(hooks, str) else found, **settings
+        )
+
+
+@xr.register_datatree_accessor("features")  # type: ignore[no-untyped-call]
+class FeaturesAccessor:
+    """`run.features("sae")`: the sparse features of one dictionary, with the run's tokens and their text.
+
+    Called with the name of a dictionary, as `names` lists them: "sae", or "clt/layer_3" of a step with several. What a
+    call has opened is given again. Raises SchemaError with the names there are for another one, and what
+    `Features.open` raises.
+    """
+
+    def __init__(self, tree: xr.DataTree) -> None:
+        self._tree = tree
+        self._opened: dict[str, Features] = {}
+
+    @cached_property
+    def _run(self) -> Path:
+        if "source" not in self._tree.encoding:
+            raise SchemaError("this tree does not say where its run lies: ask for features of what `open_run` gives")
+        return Path(self._tree.encoding["source"])
+
+    @cached_property
+    def _stores(self) -> dict[str, Store]:
+        """Names of dictionaries → the stores that hold their features."""
+        stores = [store for store in run_stores(self._run) if store.schema.kind == KIND]
+        return {group: store for store in stores for group in groups_of(store)}
+
+    @property
+    def names(self) -> list[str]:
+        """The dictionaries whose features the run holds."""
+        return list(self._stores)
+
+    def __call__(self, name: str) -> Features:
+        if name not in self._stores:
+            held = (
+                f"It holds {', '.join(self.names)}" if self.names else "It holds none: add [encode.NAME] to its recipe"
+            )
+            raise SchemaError(f"{self._run} holds no features {name!r}.{nearest(name, self.names)} {held}")
+        if name not in self._opened:
+            tokens = next((store for store in run_stores(self._run) if store.schema.kind == "tokens"), None)
+            path = self._run / "tokenizer.json"
+            decode = Decoder(path) if path.exists() else None
+            self._opened[name] = Features.open(self._stores[name], name, tokens, decode)
+        return self._opened[name]
+
+    def __repr__(self) -> str:
+        return f"features of {self._run}: {', '.join(self.names) or 'none'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Token ids into text by a run's tokenizer.json, which is read when the first text is asked for. Picklable."""
+
+    path: Path
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row as it reads behind another token: some decoders take the space off the first token of a
+        text. Bytes that are no UTF-8 become U+FFFD.
+        """
+        tokenizer, before = _tokenizer(self.path, self.path.stat().st_mtime_ns)
+        prefix = tokenizer.decode(before, skip_special_tokens=False)
+        texts = tokenizer.decode_batch([[*before, *row] for row in rows], skip_special_tokens=False)
+        return [text.removeprefix(prefix) for text in texts]
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, list[int]]:
+    """A tokenizer, and the last token of a text for others to stand behind. Vocabularies take a while to read."""
+    from .models.tokenizer_json import read_tokenizer
+
+    tokenizer = read_tokenizer(path)
+    return tokenizer, list(tokenizer.encode("a", add_special_tokens=False).ids[-1:])

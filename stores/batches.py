@@ -13,24 +13,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from google_crc32c import value as crc32c
+from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from .dtypes import Format, format_of
+from .dtypes import format_of
 from .errors import CorruptStore, IncompleteStore, SchemaError, StoreNotFound, nearest
+from .fingerprint import fingerprint
 from .schema import DATA, Array
 from .store import Store
 from .tree import REPAIR, run_stores
 
-READERS = 4
-BLOCK = 256
-"""Rows that are gathered and decoded at once, which stay in a processor's cache."""
-
-Dtype = Literal["float32", "float64", "stored"]
+READERS, BLOCK = 4, 256
+"""Threads, and rows that are gathered and decoded at once, which stay in a processor's cache."""
 Rows = NDArray[Any]
 Ints = NDArray[np.int64]
+_Filled = tuple[list[Future[None]], list[Rows], Ints, bool]
+"""What fills it, the buffer of each hook point, its rows in their order, and whether it is the last of an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +41,7 @@ class Batches:
 
     `run` is the folder of a run, or of one of its steps; `hooks` a name as "blocks.15.hook_resid_post", or several.
     Heads are flattened: a row of `attn.hook_z` is head · d_head wide. Arrays are numpy float32 (bfloat16 decoded
-    exactly) or what `dtype` says; "stored" gives values as they lie on disk, bfloat16 as the uint16 of its bits.
+    exactly), or with `dtype="stored"` values as they lie on disk, bfloat16 as the uint16 of its bits.
 
     Left out are the first `skip_positions` tokens of every sequence, which hold massive activations that would swamp
     everything, and tokens outside `documents`, a list of document numbers or a slice as Python indexes (stop left out).
@@ -68,7 +70,7 @@ class Batches:
     drop_last: bool = False
     start: int = 0
     buffer_tokens: int = 65_536
-    dtype: Dtype = "float32"
+    dtype: Literal["float32", "stored"] = "float32"
     _columns: tuple[_Column, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,8 +79,8 @@ class Batches:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise SchemaError(f"batches: {name} = {value} must be at least {smallest}")
-        if self.dtype not in ("float32", "float64", "stored"):
-            raise SchemaError(f'batches: dtype = {self.dtype!r} must be "float32", "float64" or "stored"')
+        if self.dtype not in ("float32", "stored"):
+            raise SchemaError(f'batches: dtype = {self.dtype!r} must be "float32" or "stored"')
         object.__setattr__(self, "_columns", tuple(_find(Path(self.run), self.names)))
         if not self.n_batch:
             raise SchemaError(
@@ -98,7 +100,7 @@ class Batches:
     @property
     def n_document(self) -> int:
         """Documents in the run, chosen or not."""
-        return len(self._columns[0].documents)
+        return len(self._columns[0].tokens[2])
 
     @cached_property
     def n_token(self) -> int:
@@ -118,27 +120,22 @@ class Batches:
 
     def __repr__(self) -> str:
         points = " and ".join(f"{name} [{width}]" for name, width in zip(self.names, self.widths, strict=True))
-        order = f"shuffled in buffers of {self.buffer_tokens:,} with seed {self.seed}" if self.shuffle else "in order"
-        skipped = f"the first {self.skip_positions} of every sequence left out" if self.skip_positions else "all of them"
-        epochs = "epochs without end" if self.epochs is None else f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
-        chosen = "" if self.documents is None else ", of some documents"
+        order = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
         return (
-            f"Batches({points}: {self.n_token:,} tokens ({skipped}{chosen}) in batches of {self.batch:,}, "
-            f"{order}; {epochs})"
+            f"Batches({points}: {self.n_token:,} tokens, of every sequence those from position {self.skip_positions} "
+            f"on, {order}, in batches of {self.batch:,}, epochs={self.epochs}, start={self.start})"
         )
 
     def about(self) -> dict[str, Any]:
-        """What determines the values and their order, as JSON values: fingerprints of the stores and the settings."""
-        chosen = np.flatnonzero(self._chosen).tolist() if self.documents is not None else None
+        """What determines values and order, as JSON values: the settings, and the fingerprints of the stores."""
+        settings = ("batch", "seed", "shuffle", "skip_positions", "drop_last", "buffer_tokens", "dtype")
         return {
             "hooks": list(self.names),
             "stores": [column.store.fingerprint for column in self._columns],
-            "documents": chosen,
-            **{k: getattr(self, k) for k in ("batch", "seed", "shuffle", "skip_positions", "drop_last", "dtype")},
-            "buffer_tokens": self.buffer_tokens if self.shuffle else None,
+            "model": self._columns[0].store.header.provenance.get("model", {}).get("source"),
+            "documents": fingerprint(np.flatnonzero(self._chosen).tolist()),
+            **{name: getattr(self, name) for name in settings},
         }
-
-    # ── which tokens ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
     def _chosen(self) -> NDArray[np.bool_]:
@@ -153,16 +150,16 @@ class Batches:
     @cached_property
     def _kept(self) -> tuple[Ints, Ints]:
         """Intervals [start, stop) of tokens that are kept, ascending. Every one lies in one sequence and document."""
-        column = self._columns[0]
-        edges = np.unique(np.concatenate([column.sequences, column.documents, [column.array_tokens]]))
+        n_token, sequences, documents = self._columns[0].tokens
+        edges = np.unique(np.concatenate([sequences, documents, [n_token]]))
         first, beyond = edges[:-1], edges[1:]
-        sequence = column.sequences[np.searchsorted(column.sequences, first, "right") - 1]
+        sequence = sequences[np.searchsorted(sequences, first, "right") - 1]
         start = np.maximum(first, sequence + self.skip_positions)
-        kept = (start < beyond) & self._chosen[np.searchsorted(column.documents, first, "right") - 1]
+        kept = (start < beyond) & self._chosen[np.searchsorted(documents, first, "right") - 1]
         return start[kept], beyond[kept]
 
     @cached_property
-    def _rows(self) -> int:
+    def _piece(self) -> int:
         """Tokens of a piece: as few as make whole chunks of every hook point."""
         return math.lcm(*(column.rows for column in self._columns))
 
@@ -170,7 +167,8 @@ class Batches:
     def _counts(self) -> Ints:
         """Tokens kept of each piece."""
         start, stop = self._kept
-        edges = np.append(np.arange(0, self._columns[0].array_tokens, self._rows), self._columns[0].array_tokens)
+        n_token = self._columns[0].tokens[0]
+        edges = np.append(np.arange(0, n_token, self._piece), n_token)
         before = np.concatenate([[0], np.cumsum(stop - start)])
         at = np.searchsorted(start, edges, "right") - 1
         inside = np.clip(edges - start[at], 0, (stop - start)[at]) if len(start) else 0
@@ -179,16 +177,14 @@ class Batches:
     def _kept_rows(self, pieces: Ints) -> Ints:
         """Rows of a buffer that holds `pieces` end to end: those that are kept, in order."""
         start, stop = self._kept
-        tokens = (pieces[:, None] * self._rows + np.arange(self._rows)).ravel()
+        tokens = (pieces[:, None] * self._piece + np.arange(self._piece)).ravel()
         at = np.searchsorted(start, tokens, "right") - 1
         return np.flatnonzero((at >= 0) & (tokens < stop[at]))
-
-    # ── in which order ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _buffers(self) -> Iterator[tuple[Ints, Ints, bool]]:
         """From `start` on: the pieces of each buffer, its rows in their order, and whether it is an epoch's last."""
         pieces = np.flatnonzero(self._counts)
-        n_buffer = -(-len(pieces) // max(1, self.buffer_tokens // self._rows))
+        n_buffer = -(-len(pieces) // max(1, self.buffer_tokens // self._piece))
         cuts = np.arange(n_buffer + 1) * len(pieces) // n_buffer
         epoch, batch = divmod(self.start, self.n_batch)
         while self.epochs is None or epoch < self.epochs:
@@ -204,10 +200,8 @@ class Batches:
 
     def _permutation(self, n: int, epoch: int, part: int) -> Ints:
         """Of raw random bits, which no version of numpy changes, unlike its own permutations."""
-        bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch, part))).random_raw(n)
-        return np.argsort(bits, kind="stable")
-
-    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+        seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, part))
+        return np.argsort(np.random.PCG64(seed).random_raw(n))
 
     def __iter__(self) -> Iterator[Any]:
         found = self._batches()
@@ -215,7 +209,9 @@ class Batches:
 
     def _batches(self) -> Iterator[tuple[Rows, ...]]:
         made, n = self._empty(), 0
-        for buffers, rows, last in self._filled():
+        for reads, buffers, rows, last in self._filled():
+            for read in reads:
+                read.result()
             at = 0
             while at < len(rows):
                 some = rows[at : at + self.batch - n]
@@ -231,33 +227,175 @@ class Batches:
                 made, n = self._empty(), 0
 
     def _empty(self) -> tuple[Rows, ...]:
-        return tuple(
-            np.empty((self.batch, c.width), c.format.kept if self.dtype == "stored" else self.dtype)
-            for c in self._columns
-        )
+        as_kept = self.dtype == "stored"
+        return tuple(np.empty((self.batch, c.width), c.kept if as_kept else np.float32) for c in self._columns)
 
-    def _filled(self) -> Iterator[tuple[list[Rows], Ints, bool]]:
-        """Buffers of every hook point with their rows, read one ahead; each is overwritten two later."""
-        size = self._rows * max(1, self.buffer_tokens // self._rows)
-        memory = [[np.empty((size, c.width), c.format.kept) for c in self._columns] for _ in range(2)]
-        plan = enumerate(self._buffers())
-        with ThreadPoolExecutor(READERS, "batches") as pool:
-            behind: tuple[list[Future[None]], list[Rows], Ints, bool] | None = None
-            for n, (pieces, rows, last) in plan:
-                ahead = self._read(pool, pieces, memory[n % 2]), memory[n % 2], rows, last
-                if behind:
-                    yield _waited(*behind)
-                behind = ahead
-            if behind:
-                yield _waited(*behind)
+    def _filled(self) -> Iterator[_Filled]:
+        """Buffers, each to be waited for while the next one is being read; it is overwritten two later."""
+        size = self._piece * min(max(1, self.buffer_tokens // self._piece), len(self._counts))
+        memory = [[np.empty((size, c.width), c.kept) for c in self._columns] for _ in range(2)]
+        pool = ThreadPoolExecutor(READERS, "batches")
+        ahead: list[_Filled] = []
+        try:
+            for n, (pieces, rows, last) in enumerate(self._buffers()):
+                ahead.append((self._read(pool, pieces, memory[n % 2]), memory[n % 2], rows, last))
+                if n:
+                    yield ahead.pop(0)
+            yield from ahead
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _read(self, pool: ThreadPoolExecutor, pieces: Ints, buffers: list[Rows]) -> list[Future[None]]:
         reads = []
         for slot, piece in enumerate(pieces.tolist()):
             for column, buffer in zip(self._columns, buffers, strict=True):
-                part = buffer[slot * self._rows : (slot + 1) * self._rows]
-                reads += [
-                    pool.submit(column.read, piece * (self._rows // column.rows) + i, part[i * column.rows :])
-                    for i in range(self._rows // column.rows)
-                ]
+                first = piece * self._piece
+                for token in range(first, min(first + self._piece, column.tokens[0]), column.rows):
+                    row = slot * self._piece + token - first
+                    reads.append(pool.submit(column.read, token // column.rows, buffer[row : row + column.rows]))
         return reads
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """One hook point's rows: an array of a store, at one layer (a number along its axis `layer`)."""
+
+    store: Store
+    path: str
+    layer: int | None
+    indexes: dict[int, Ints] = field(default_factory=dict)
+
+    @cached_property
+    def array(self) -> Array:
+        return self.store.schema.arrays[self.path]
+
+    @cached_property
+    def kept(self) -> np.dtype[Any]:
+        return np.dtype(format_of(self.array.dtype).kept)
+
+    @property
+    def axis(self) -> int:
+        return self.array.dims.index("token")
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.array.shape[self.axis + 1 :])
+
+    @cached_property
+    def rows(self) -> int:
+        """Tokens of a chunk."""
+        return self.array.chunks[self.axis]
+
+    @cached_property
+    def tokens(self) -> tuple[int, Ints, Ints]:
+        """How many there are, and where sequences and documents start."""
+        labels = self.store.labels
+        return self.store.schema.n_token, labels["sequences/start"][1], labels["documents/start"][1]
+
+    def read(self, chunk: int, into: Rows) -> None:
+        """Puts a chunk, by its number along `token`, into [rows, width]. CorruptStore if it is not what was written.
+
+        A shard is its chunks, each with its crc32c behind it, and at the end their offsets and lengths.
+        """
+        shard, within = divmod(chunk, self.array.shards[self.axis] // self.rows)
+        lead = () if self.layer is None else (self.layer,)
+        index = (*lead, shard, *(0,) * (len(self.array.dims) - self.axis - 1))
+        path = self.store.path / self.store.object_key(self.path, index)
+        target = into.reshape(-1).view(np.uint8)
+        try:
+            with open(path, "rb") as file:
+                if shard not in self.indexes:
+                    self.indexes[shard] = self._index(file)
+                offset, length = self.indexes[shard][within].tolist()
+                if self.store.schema.compression == "none":
+                    _read(file, target, offset)
+                else:
+                    packed = np.empty(length - 4, np.uint8)
+                    _read(file, packed, offset)
+                    decompress(packed, target)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CorruptStore(f"{path} cannot be read at chunk {within}: {error}. {REPAIR}") from error
+
+    def _index(self, file: BinaryIO) -> Ints:
+        pairs = np.empty((self.array.shards[self.axis] // self.rows, 2), "<u8")
+        _read(file, pairs.reshape(-1).view(np.uint8), os.fstat(file.fileno()).st_size - pairs.nbytes - 4)
+        return pairs.astype(np.int64)
+
+    def gather(self, buffer: Rows, rows: Ints, into: Rows) -> None:
+        """Puts some rows of a buffer into [row, width], as bits or decoded, whichever `into` is for."""
+        widens = self.array.dtype == "bfloat16" and into.dtype == np.float32
+        for at in range(0, len(rows), BLOCK):
+            found, part = buffer.take(rows[at : at + BLOCK], axis=0), into[at : at + BLOCK]
+            if widens:  # as bfloat16_to_float32, in one pass
+                np.left_shift(found, 16, out=part.view(np.uint32), dtype=np.uint32, casting="unsafe")
+            else:
+                part[...] = found
+
+
+def _read(file: BinaryIO, into: NDArray[np.uint8], offset: int) -> None:
+    """Bytes of a file that end in their crc32c. ValueError if they are cut off or do not agree with it."""
+    said = np.empty(1, "<u4")
+    file.seek(offset)
+    if file.readinto(into.data) < len(into) or file.readinto(said.data) < said.nbytes:  # type: ignore[attr-defined]
+        raise ValueError("it is cut off")
+    if crc32c(into) != said[0]:
+        raise ValueError("its checksum is wrong")
+
+
+def _find(run: Path, names: Sequence[str]) -> Iterator[_Column]:
+    """The arrays of hook points, all with the same tokens."""
+    stores = [Store.open(run)] if (run / DATA).exists() else list(run_stores(run))
+    stores = [store for store in stores if store.schema.kind == "activations"]
+    if not stores:
+        raise StoreNotFound(f"{run} holds no store of activations. Give the folder of a run that has captured some")
+    if not names:
+        raise SchemaError(f'{run}: name at least one hook point, for example "blocks.0.hook_resid_post"')
+    places = {name: column for store in stores for name, column in _points(store)}
+    first: _Column | None = None
+    for name in names:
+        if name not in places:
+            held = ", ".join(pattern for store in stores for pattern in _patterns(store))
+            raise SchemaError(f"{run} holds no {name!r}.{nearest(name, places)} It holds {held}")
+        _check(name, places[name], first)
+        first = first or places[name]
+        yield places[name]
+
+
+def _layers(store: Store) -> Iterator[tuple[str, str, list[int] | None]]:
+    """Path and kind of every array, and the layers that it has."""
+    for path in store.schema.arrays:
+        kind = path.rpartition("/")[0]
+        layers = store.labels.get(f"{kind}/layer")
+        yield path, kind, None if layers is None else layers[1].tolist()
+
+
+def _points(store: Store) -> Iterator[tuple[str, _Column]]:
+    for path, kind, layers in _layers(store):
+        if layers is None:
+            yield kind, _Column(store, path, None)
+        else:
+            yield from ((f"blocks.{layer}.{kind}", _Column(store, path, n)) for n, layer in enumerate(layers))
+
+
+def _patterns(store: Store) -> Iterator[str]:
+    for _, kind, layers in _layers(store):
+        yield kind if layers is None else f"blocks.{{{','.join(map(str, layers))}}}.{kind}"
+
+
+def _check(name: str, column: _Column, first: _Column | None) -> None:
+    if "token" not in column.array.dims:
+        raise SchemaError(
+            f"{column.store.path.parent}: {name} lies along {', '.join(column.array.dims)}, without a token axis: "
+            "attention patterns and recurrent states have no rows to make batches of"
+        )
+    if todo := column.store.todo():
+        n_unit = len(column.store.schema.grid)
+        raise IncompleteStore(
+            f"{column.store.path.parent} is incomplete: {n_unit - len(todo)} of {n_unit} units are recorded. Run its "
+            "recipe again to finish it"
+        )
+    if first and not all(np.array_equal(column.tokens[n], first.tokens[n]) for n in range(3)):
+        raise SchemaError(
+            f"{name} of {column.store.path.parent} has other tokens than {first.path} of {first.store.path.parent}: "
+            "rows of one batch must be of the same tokens"
+        )

@@ -133,7 +133,7 @@ def _positions_in(rows: range, tokens: Intervals) -> Intervals:
     return np.clip(k0, 0, len(rows)), np.clip(k1, 0, len(rows))
 
 
-def _expanded(start: Ints, count: Ints) -> Ints:
+def expanded(start: Ints, count: Ints) -> Ints:
     """start[0], start[0]+1, … (count[0] of them), start[1], …"""
     shift: Ints = np.repeat(start - (np.cumsum(count) - count), count)
     return np.arange(len(shift), dtype=np.int64) + shift
@@ -195,7 +195,7 @@ def _joined(intervals: Intervals) -> Intervals:
 def _intersection(a: Intervals, b: Intervals) -> Intervals:
     first = np.searchsorted(b[1], a[0], side="right")
     count = np.maximum(np.searchsorted(b[0], a[1], side="left") - first, 0)
-    i, j = np.repeat(np.arange(len(count)), count), _expanded(first, count)
+    i, j = np.repeat(np.arange(len(count)), count), expanded(first, count)
     return np.maximum(a[0][i], b[0][j]), np.minimum(a[1][i], b[1][j])
 
 
@@ -204,7 +204,7 @@ def _pieces(tables: LabelTables, tokens: Intervals) -> tuple[Ints, Ints, Ints]:
     edges = tables.sequence_edges
     first = _owners(edges, tokens[0])
     count = _owners(edges, tokens[1] - 1) - first + 1
-    i, q = np.repeat(np.arange(len(count)), count), _expanded(first, count)
+    i, q = np.repeat(np.arange(len(count)), count), expanded(first, count)
     return np.maximum(tokens[0][i], edges[q]), np.minimum(tokens[1][i], edges[q + 1]), edges[q]
 
 
@@ -218,7 +218,7 @@ def select(tables: LabelTables, rows: Rows, wanted: Wanted, names: Mapping[str, 
     """
     find = _by_offsets if isinstance(rows, range) else _by_labels
     start, stop = find(tables, rows, wanted)
-    found = slice(int(start[0]), int(stop[0])) if len(start) == 1 else _expanded(start, stop - start)
+    found = slice(int(start[0]), int(stop[0])) if len(start) == 1 else expanded(start, stop - start)
     if isinstance(found, np.ndarray) and not len(found):
         found = slice(0, 0)
     _require_present(tables, rows, wanted, names, found)
@@ -273,7 +273,7 @@ def _arranged(tables: LabelTables, rows: Rows, wanted: Wanted, found: slice | In
         first = np.searchsorted(ascending, labels, side="left")
         count = np.searchsorted(ascending, labels, side="right") - first
         positions, ranks = np.repeat(positions, count), [np.repeat(rank, count) for rank in ranks]
-        ranks.append(order[_expanded(first, count)])
+        ranks.append(order[expanded(first, count)])
     return positions[np.lexsort(ranks[::-1])]
 
 

@@ -37,12 +37,13 @@ Chunks = Literal["auto"] | None
 class KeptArray(BackendArray):
     """One array of a store, read and decoded only where it is indexed.
 
-    In a `complete` one every object must be there: CorruptStore names one that is missing, or cannot be read.
+    In a `complete` one every object must be there: CorruptStore names one that is missing, or cannot be read, and says
+    how to `repair` it.
     """
 
-    def __init__(self, store: Store, path: str, complete: bool) -> None:
+    def __init__(self, store: Store, path: str, complete: bool, repair: str = REPAIR) -> None:
         array = store.schema.arrays[path]
-        self.store, self.path, self.complete = store, path, complete
+        self.store, self.path, self.complete, self.repair = store, path, complete, repair
         self.format = format_of(array.dtype)
         self.shape, self.dtype = array.shape, np.dtype(self.format.read)
         self._zarr: Any = None
@@ -59,7 +60,8 @@ class KeptArray(BackendArray):
         try:
             return self.format.decode(np.asarray(self._zarr.oindex[key]))
         except (ValueError, OSError, RuntimeError) as error:
-            raise CorruptStore(f"{self.store.path / self.path} cannot be read at {key}: {error}. {REPAIR}") from error
+            where = self.store.path / self.path
+            raise CorruptStore(f"{where} cannot be read at {key}: {error}. {self.repair}") from error
 
     def _require_objects(self, key: tuple[Any, ...]) -> None:
         """Zarr would take an object that is missing, or empty, for one that holds nothing but fill values."""
@@ -70,9 +72,9 @@ class KeptArray(BackendArray):
             try:
                 empty = os.stat(path).st_size == 0
             except FileNotFoundError as error:
-                raise CorruptStore(f"{path} is missing, though its unit is recorded. {REPAIR}") from error
+                raise CorruptStore(f"{path} is missing, though its unit is recorded. {self.repair}") from error
             if empty:
-                raise CorruptStore(f"{path} is empty. {REPAIR}")
+                raise CorruptStore(f"{path} is empty. {self.repair}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zarr": None}
@@ -148,7 +150,9 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
                 nodes[f"/{store.name}{name}"] = dataset
     recipe = folder / "recipe.json"
     nodes["/"] = xr.Dataset(attrs=read_json(recipe) if recipe.exists() else {})
-    return xr.DataTree.from_dict(nodes, name=folder.resolve().name)
+    tree = xr.DataTree.from_dict(nodes, name=folder.resolve().name)
+    tree.encoding["source"] = str(folder.resolve())
+    return tree
 
 
 def run_stores(folder: Path) -> Iterator[Store]:

@@ -108,7 +108,7 @@ class UnitWriter:
                     self.store.write_rows(path, self.rows, self._ragged_values(path))
                 elif path in self._buffers:
                     self.store.write_rows(path, self.rows, self._buffers[path])
-                objects |= {key: _make_durable(data / key) for key in keys}
+                objects |= {key: make_durable(data / key) for key in keys}
             for folder in {(data / key).parent for key in objects}:
                 sync_folder(folder)
             record = self._record(objects, {**timing, "write": time.perf_counter() - started})
@@ -194,7 +194,7 @@ def _rows_of(path: str, variable: xr.DataArray, long: str) -> tuple[int, int]:
     return first, first + len(labels)
 
 
-def _make_durable(path: Path) -> dict[str, Any]:
+def make_durable(path: Path) -> dict[str, Any]:
     """Flushes an object to the disk and gives its size and sha256, as read back."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

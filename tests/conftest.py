@@ -158,7 +158,7 @@ def make_recipe(tiny_model: Path, texts: list[str], tmp_path: Path) -> Callable[
         named = {"train": train or {}, "encode": encode or {}}
         tables |= {f"{kind}.{key}": keys for kind, held in named.items() for key, keys in held.items()}
         path = tmp_path / f"{name}.toml"
-        path.write_text("".join(line for table, keys in tables.items() for line in lines(table, keys)))
+        path.write_text("\n".join("".join(lines(table, keys)) for table, keys in tables.items()))
         return path
 
     return make

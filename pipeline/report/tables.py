@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ...stages.models.spec import ModelSpec
     from ..run import Outcome
+    from .features import FeatureReport
 
 WIDE = 200
 """Columns of a table that goes into a file or a pipe, where there is no edge to wrap at."""
@@ -85,10 +86,44 @@ def lens_table(lens: xr.Dataset, decode: Mapping[int, str]) -> RenderableType:
     return table
 
 
+def features_text(report: FeatureReport) -> RenderableType:
+    """Fit and counts of a dictionary in one line, then a table of each feature's strongest contexts."""
+    fit, statistics = report.fit, report.statistics
+    skipped = fit.attrs["skip_positions"]
+    lines = [
+        f"{report.name}: L0 {float(fit['l0']):.1f}, FVU {float(fit['fvu']):.3f}, cosine {float(fit['cosine']):.3f} "
+        f"over {int(fit['n_token']):,} tokens (FVU and cosine: {int(fit['n_fit']):,}), the first {skipped} of every "
+        "sequence left out",
+        f"{statistics.sizes['feature']:,} features, {int(statistics['dead'].sum()):,} dead, "
+        f"{int(statistics['dense'].sum()):,} dense",
+    ]
+    tables = [_contexts_table(report, feature) for feature in report.contexts["feature"].values.tolist()]
+    return Group(*map(Text, lines), *tables)
+
+
+def _contexts_table(report: FeatureReport, feature: int) -> Table:
+    own = report.statistics.sel(feature=feature)
+    title = f"\nfeature {feature}: fires at {float(own['firing_rate']):.3%} of tokens, up to {float(own['max']):.1f}"
+    table = Table(box=None, pad_edge=False, title=Text(title), title_justify="left", show_header=False)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    contexts = report.contexts.sel(feature=feature)
+    for i in range(contexts.sizes["context"]):
+        row = contexts.isel(context=i)
+        if int(row["token"]) >= 0:
+            before, token, after = (printable(str(row[name].values)) for name in ("text_before", "text", "text_after"))
+            table.add_row(f"{float(row['value']):.1f}", Text.assemble(before, (f"[{token}]", "bold"), after))
+    return table
+
+
+def printable(text: str) -> str:
+    """Text safe for a terminal: control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def show(decode: Mapping[int, str], token_id: int) -> str:
     """A token's text, safe for a terminal: control characters escaped, spaces visible."""
-    text = decode[token_id].replace(" ", "·")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(decode[token_id].replace(" ", "·"))
 
 
 def console(err: bool = False) -> Console:

@@ -157,11 +157,11 @@ def _groupmax(activation: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
     assert activation.k is not None
     groups = h.relu().unflatten(-1, (activation.k, -1))
     # torch leaves open at which of equal values the largest is; the first one is the lower feature.
-    values = groups.amax(dim=-1)
     descending = torch.arange(groups.shape[-1], 0, -1, device=h.device)
-    within = ((groups == values[..., None]) * descending).argmax(dim=-1)
+    within = ((groups == groups.amax(dim=-1, keepdim=True)) * descending).argmax(dim=-1, keepdim=True)
+    values = groups.gather(-1, within)[..., 0]  # that of amax would have gradients for all that are equal
     first = torch.arange(activation.k, device=h.device) * groups.shape[-1]
-    return values, within + first
+    return values, within[..., 0] + first
 
 
 def _counted(activation: Activation, h: Tensor, b_enc: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Encoder:
 
     * none
     * constant_norm_rescale: x · √d_in / ‖x‖
-    * layer_norm: (x − mean) / (standard deviation, unbiased, + 1e-5), as SAELens does it
+    * layer_norm: (x − mean) / (standard deviation, unbiased, + 1e-5); undone by the deviation alone, as in SAELens
 
     Constant factors and whitening are not among them: formats fold those into the weights. `hook` is the hook point
     that is read, in TransformerLens' spelling ("blocks.12.hook_resid_post"); where the point has heads they are
@@ -130,9 +130,7 @@ class Encoder:
             )
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The input as the weights see it, and the factor and the shift that lead back: x = normalized · factor +
-        shift.
-        """
+        """The input as the weights see it, with the factor and the shift that lead back: decoded · factor + shift."""
         x = x.to(self.device, self.dtype)
         if self.input_norm == "none":
             return x, None, None
@@ -140,8 +138,10 @@ class Encoder:
             factor = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
             return x / factor, factor, None
         mean = x.mean(dim=-1, keepdim=True)
-        factor = (x - mean).std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON
-        return (x - mean) / factor, factor, mean
+        centred = x - mean
+        deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (self.d_in - 1) ** 0.5
+        # SAELens' way back is by the deviation alone, and what it trained learnt to be decoded so.
+        return centred / (deviation + LAYER_NORM_EPSILON), deviation, mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -33,10 +33,10 @@ def load_dictionary(
 
     Raises DictionaryError for what is not there, is damaged, is of no known format, or could not be reproduced exactly.
     """
+    on = str(resolve_device(device))
     place = find(source, revision)
     chosen = FORMATS[_name_of(place, format)]
     loaded = chosen.read(place, Hooks(hook, hook_out))
-    on = str(resolve_device(device))
     if isinstance(loaded, TranscoderSet):
         return replace(loaded, device=on, dtype=dtype)
     return loaded.to(on, dtype)
@@ -52,7 +52,7 @@ def _name_of(place: Place, asked: str | None) -> str:
         return found[0]
     if found:
         raise DictionaryError(f"{place.source} may be {' or '.join(found)}: say which with format=")
-    held = ", ".join(place.names[:8]) + (", …" if len(place.names) > 8 else "")
+    held = ", ".join(place.names[:8]) + (", …" if len(place.names) > 8 else "") or "no files"
     raise DictionaryError(
         f"{place.source} is of no known format; it holds {held}. Name the folder of one dictionary, or say which of "
         f"{', '.join(FORMATS)} it is with format="

@@ -15,7 +15,8 @@ def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     k = min(k, h.shape[-1])
     if h.device.type == "cpu" and h.dtype == torch.float32 and 8 * k <= h.shape[-1]:
-        return _top_k_of_candidates(h, k)
+        values, columns = _top_k_of_candidates(h.detach(), k)
+        return (h.gather(-1, columns) if h.requires_grad else values), columns
     values, columns = torch.topk(h, min(k + 1, h.shape[-1]), dim=-1)
     if values.shape[-1] > k:
         # torch leaves open which of equal values it takes: where the last one taken has an equal that was not, look
@@ -54,8 +55,8 @@ def above(h: Tensor, bound: Tensor | float) -> tuple[Tensor, Tensor]:
     columns ascending. int64.
     """
     if h.device.type == "cpu" and h.dtype == torch.float32:
-        limit = bound.numpy() if isinstance(bound, Tensor) else bound
-        row, column = np.divmod(np.flatnonzero(h.numpy() > limit), h.shape[-1])
+        limit = bound.detach().numpy() if isinstance(bound, Tensor) else bound
+        row, column = np.divmod(np.flatnonzero(h.detach().numpy() > limit), h.shape[-1])
         return torch.from_numpy(row), torch.from_numpy(column)
     row_, column_ = (h > bound).nonzero(as_tuple=True)
     return row_, column_

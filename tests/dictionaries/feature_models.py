@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,10 @@ from torch import Tensor
 from forebay.stages.dictionaries.activation import Activation
 from forebay.stages.dictionaries.dictionary import Dictionary, Encoder, Provenance
 from forebay.stages.dictionaries.transcoders import TranscoderSet
+from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
+
+from ..models.families import SIZES, make
 
 FROM = Provenance(source="a random dictionary", format="none")
 
@@ -25,6 +30,17 @@ def generator(seed: int) -> torch.Generator:
 def numbers(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     """Normally distributed, float64."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64) * scale
+
+
+@functools.cache
+def model_of(family: str = "llama", dtype: str = "float64") -> Model:
+    """A random model of four layers and a vocabulary of 101, whose heads together are wider than the residual stream
+    or as wide.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        make(family, SIZES[family]).save_pretrained(folder)
+        model = load_model(folder, device="cpu", dtype="float32" if dtype == "float64" else dtype)
+    return in_float64(model) if dtype == "float64" else model
 
 
 def in_float64(model: Model) -> Model:
@@ -41,6 +57,11 @@ def in_float64(model: Model) -> Model:
         return value
 
     return Model(model.spec, wide(model.weights), model.device, torch.float64)
+
+
+def sequences_of(*lengths: int, seed: int = 8) -> list[Tensor]:
+    """Token ids of sequences of these lengths."""
+    return [torch.randint(0, 101, (length,), generator=generator(seed + n)) for n, length in enumerate(lengths)]
 
 
 def activation_of(kind: str, n_feature: int, seed: int, k: int = 3) -> Activation:

@@ -41,8 +41,8 @@ def normalized(x: NDArray[np.float64], norm: str) -> tuple[NDArray[np.float64], 
         scale = np.sqrt((x**2).sum(-1, keepdims=True) / x.shape[-1])
         return x / scale, scale, 0.0
     shift = x.mean(-1, keepdims=True)
-    scale = np.sqrt(((x - shift) ** 2).sum(-1, keepdims=True) / (x.shape[-1] - 1)) + 1e-5
-    return (x - shift) / scale, scale, shift
+    scale = np.sqrt(((x - shift) ** 2).sum(-1, keepdims=True) / (x.shape[-1] - 1))
+    return (x - shift) / (scale + 1e-5), scale, shift
 
 
 def preactivations(dictionary: Dictionary, x: NDArray[np.float64]) -> NDArray[np.float64]:

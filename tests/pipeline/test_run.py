@@ -24,7 +24,8 @@ import forebay
 from forebay.pipeline.exit_codes import COMPLETE, FAILED, INTERRUPTED
 from forebay.pipeline.progress import Quiet
 from forebay.pipeline.report.tables import outcome_text
-from forebay.pipeline.run import run_unit, stop_on_signals
+from forebay.pipeline.run import run_unit
+from forebay.pipeline.stopping import stop_on_signals
 from forebay.stages.capture import Capture
 from forebay.stages.tokenize import Tokenize
 from forebay.stores.errors import DiskFull, FingerprintMismatch, IncompleteStore, StoreNotFound

@@ -45,7 +45,7 @@ class Sparse:
 
 
 def labels_of(lengths: tuple[int, ...]) -> pd.DataFrame:
-    """The labels of every token, written out. A document is two sequences; between documents lies an empty one."""
+    """The labels of every token, written out. A document is two sequences; every odd document is an empty one."""
     return pd.DataFrame(
         {
             "sequence": [s for s, n in enumerate(lengths) for _ in range(n)],
@@ -92,14 +92,15 @@ def random_sparse(
 
 
 def label_arrays(lengths: tuple[int, ...]) -> dict[str, Any]:
-    start = np.cumsum([0, *lengths[:-1]])
-    documents = np.repeat(start[::2], 2)[: len(lengths)]  # an empty document before every full one but the first
-    documents = np.array([start[s // 2 * 2] if s % 2 == 0 else sum(lengths[: s // 2 * 2 + 2]) for s in range(len(lengths))])
+    """What a store tells of sequences and documents of these labels."""
+    edges = np.cumsum([0, *lengths])
+    n_document = len(lengths) + len(lengths) % 2
+    start = [edges[min((d + d % 2), len(lengths))] for d in range(n_document)]  # an empty one starts as the next does
     return {
-        "sequences/start": (("sequence",), start),
-        "sequences/document": (("sequence",), np.array([s // 2 * 2 for s in range(len(lengths))])),
-        "documents/start": (("document",), documents),
-        "documents/id": (("document",), np.array([f"d{i}" for i in range(len(documents))], dtype=object)),
+        "sequences/start": (("sequence",), edges[:-1]),
+        "sequences/document": (("sequence",), np.arange(len(lengths)) // 2 * 2),
+        "documents/start": (("document",), np.array(start)),
+        "documents/id": (("document",), np.array([f"d{d}" for d in range(n_document)], dtype=object)),
     }
 
 
@@ -189,3 +190,19 @@ def write_tokens(folder: Path, lengths: tuple[int, ...], token_id: NDArray[np.ui
         writer.put(xr.DataTree.from_dict({"/": xr.Dataset(own, coords={"token": np.arange(unit.start, unit.stop)})}))
         writer.finish({})
     return store
+
+
+def postings_of(sparse: Sparse, skip_positions: int) -> pd.DataFrame:
+    """The nonzeros that an index holds, in its order, sorted by pandas."""
+    table = sparse.table.query("position >= @skip_positions")
+    return table.sort_values(["feature", "value", "token"], ascending=[True, False, True], kind="stable")
+
+
+def every_file(folder: Path) -> dict[str, bytes]:
+    """The data of an index, byte for byte, but for what Zarr wrote aside and never takes for its own."""
+    data = folder / "data.zarr"
+    return {
+        str(path.relative_to(data)): path.read_bytes()
+        for path in sorted(data.rglob("*"))
+        if path.is_file() and path.suffix != ".partial"
+    }

@@ -1,8 +1,11 @@
-"""Writes the golden files of SAELens: small random dictionaries, saved by it, with what it computes of random inputs.
+"""Writes tests/dictionaries/golden/saelens: small random dictionaries that SAELens saves, and what it makes of inputs.
 
-Run with an interpreter that has sae-lens (6.54.12 made the committed files): python write_saelens.py. Nothing of forebay
-is imported. `saelens/cases.json` holds the JSON files of every case's folder and how it was made, `saelens/cases.safetensors`
-its tensor files, "<case>/<file>/<tensor>", and inputs, features and reconstructions, "<case>/golden/…".
+Runs where sae-lens 6.54.12 is installed (`pip install sae-lens==6.54.12`), on the CPU, and imports nothing of forebay:
+
+    python tests/dictionaries/golden/write_saelens.py
+
+`cases.json` holds the JSON files of every case's folder and how it was made; `cases.safetensors` its tensor files,
+"<case>/<file>/<tensor>", and x, the features of x and what the dictionary gives for x, "<case>/golden/…".
 """
 
 import itertools
@@ -15,10 +18,10 @@ from pathlib import Path
 
 import sae_lens
 import torch
-from safetensors.torch import load_file, save_file
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+from safetensors.torch import load_file, save_file
 
 warnings.filterwarnings("ignore")
 HERE = Path(__file__).parent
@@ -105,7 +108,7 @@ class Case:
         with torch.no_grad():
             features = sae.encode(x)
             golden = {"x": x, "features": features, "reconstruction": sae(x)}
-        files = {path.name: json.loads(path.read_text()) for path in self.folder.glob("*.json")}
+        files = {path.name: json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))}
         CASES[self.name] = {**self.how, "files": files}
         for path in self.folder.glob("*.safetensors"):
             for name, tensor in load_file(path).items():
@@ -113,7 +116,8 @@ class Case:
         for name, tensor in golden.items():
             TENSORS[f"{self.name}/golden/{name}"] = tensor.contiguous()
         fired = (features != 0).float().mean().item()
-        assert 0.02 < fired < 0.98 and torch.isfinite(golden["reconstruction"]).all(), (self.name, fired)
+        assert 0.02 < fired < 0.98, (self.name, fired)
+        assert torch.isfinite(golden["reconstruction"]).all(), self.name
         shutil.rmtree(self.folder)
 
 
@@ -294,7 +298,7 @@ def main():
 
     OUT.mkdir(exist_ok=True)
     made = {"made_by": f"sae-lens {sae_lens.__version__}, torch {torch.__version__}", "cases": CASES}
-    (OUT / "cases.json").write_text(json.dumps(made, indent=0) + "\n")
+    (OUT / "cases.json").write_text(json.dumps(made, indent=0, sort_keys=True) + "\n")
     save_file(TENSORS, OUT / "cases.safetensors")
     print(len(CASES), "cases,", sum(path.stat().st_size for path in OUT.iterdir()), "bytes")
 
