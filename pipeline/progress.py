@@ -161,12 +161,12 @@ class Terminal(Progress):
             self.bars.remove_task(self.counting)
             self.counting = None
         self.rate = Rate(n_token, done)
-        self.task = self.bars.add_task(step, total=n_token, completed=done, rate="")
+        self.task = self.bars.add_task(step, total=n_token, completed=done, rate="tokens")
 
     def advance(self, tokens: int) -> None:
         assert self.task is not None
         self.rate.fresh += tokens
-        self.bars.update(self.task, advance=tokens, rate=f"{self.rate.per_second:,.0f} tokens/s")
+        self.bars.update(self.task, advance=tokens, rate=f"tokens  {self.rate.per_second:,.0f}/s")
 
     def recorded(self, unit: Unit, record: Record) -> None: ...
 

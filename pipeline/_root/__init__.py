@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
+    from forebay.stages.analyze.decoder_projection import (
+        AttributionEdge,
+        AttributionGraph,
+        build_attribution_graph,
+        build_attribution_graphs,
+        score_features_by_decoder_projection,
+    )
     from forebay.stages.analyze.dictionary_fit import dictionary_fit
     from forebay.stages.analyze.intervention_effect import intervention_effect
     from forebay.stages.analyze.logit_lens import logit_lens
+    from forebay.stages.analyze.loss_recovered import loss_recovered
+    from forebay.stages.dictionaries.dictionary import Dictionary
+    from forebay.stages.dictionaries.interventions import Clamp, Inject, Splice, Suppress
     from forebay.stages.dictionaries.load import load_dictionary
     from forebay.stages.dictionaries.save import save_dictionary
+    from forebay.stages.dictionaries.transcoders import FeatureId, TranscoderSet
     from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention
     from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
     from forebay.stages.models.load import load_model
@@ -29,19 +40,30 @@ if TYPE_CHECKING:
 _HOMES = {
     "Add": "forebay.stages.models.interventions",
     "Apply": "forebay.stages.models.interventions",
+    "AttributionEdge": "forebay.stages.analyze.decoder_projection",
+    "AttributionGraph": "forebay.stages.analyze.decoder_projection",
+    "Clamp": "forebay.stages.dictionaries.interventions",
+    "Dictionary": "forebay.stages.dictionaries.dictionary",
+    "FeatureId": "forebay.stages.dictionaries.transcoders",
     "Feedback": "forebay.stages.models.recurrence",
     "HookPoint": "forebay.stages.models.points",
     "HookSpec": "forebay.stages.models.taps",
+    "Inject": "forebay.stages.dictionaries.interventions",
     "Knockout": "forebay.stages.models.edges",
     "KnockoutSpec": "forebay.stages.models.edges",
     "Recurrence": "forebay.stages.models.recurrence",
     "Replace": "forebay.stages.models.interventions",
     "Sampling": "forebay.stages.models.sampling",
     "Scale": "forebay.stages.models.interventions",
+    "Splice": "forebay.stages.dictionaries.interventions",
     "StateKnockout": "forebay.stages.models.state_taps",
     "StateSteering": "forebay.stages.models.state_taps",
     "SteerAttention": "forebay.stages.models.edges",
+    "Suppress": "forebay.stages.dictionaries.interventions",
+    "TranscoderSet": "forebay.stages.dictionaries.transcoders",
     "Zero": "forebay.stages.models.interventions",
+    "build_attribution_graph": "forebay.stages.analyze.decoder_projection",
+    "build_attribution_graphs": "forebay.stages.analyze.decoder_projection",
     "check_compatibility": "forebay.stages.models.source",
     "dictionary_fit": "forebay.stages.analyze.dictionary_fit",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
@@ -49,30 +71,45 @@ _HOMES = {
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
+    "loss_recovered": "forebay.stages.analyze.loss_recovered",
     "open_run": "forebay.stores.tree",
     "open_store": "forebay.stores.tree",
     "plan": "forebay.pipeline.plan",
     "run": "forebay.pipeline.run",
     "save_dictionary": "forebay.stages.dictionaries.save",
+    "score_features_by_decoder_projection": "forebay.stages.analyze.decoder_projection",
 }
+_OPENING = ("open_run", "open_store")
+"""They give trees, which have `run.features(…)` and `run.batches(…)` once those are registered with xarray."""
 
 __version__ = metadata.version("forebay")
 __all__ = [
     "Add",
     "Apply",
+    "AttributionEdge",
+    "AttributionGraph",
+    "Clamp",
+    "Dictionary",
+    "FeatureId",
     "Feedback",
     "HookPoint",
     "HookSpec",
+    "Inject",
     "Knockout",
     "KnockoutSpec",
     "Recurrence",
     "Replace",
     "Sampling",
     "Scale",
+    "Splice",
     "StateKnockout",
     "StateSteering",
     "SteerAttention",
+    "Suppress",
+    "TranscoderSet",
     "Zero",
+    "build_attribution_graph",
+    "build_attribution_graphs",
     "check_compatibility",
     "dictionary_fit",
     "intervention_effect",
@@ -80,11 +117,13 @@ __all__ = [
     "load_model",
     "load_unembedding",
     "logit_lens",
+    "loss_recovered",
     "open_run",
     "open_store",
     "plan",
     "run",
     "save_dictionary",
+    "score_features_by_decoder_projection",
 ]
 
 if not TYPE_CHECKING:
@@ -92,6 +131,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module 'forebay' has no attribute {name!r}; it has {', '.join(__all__)}")
+        if name in _OPENING:
+            import_module("forebay.stages.accessors")
         return getattr(import_module(_HOMES[name]), name)
 
     def __dir__() -> list[str]:

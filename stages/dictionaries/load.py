@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..models.devices import resolve_device
+from ..models.devices import resolve_device, resolve_dtype
 from .dictionary import Dictionary
 from .errors import DictionaryError
 from .formats import FORMATS
@@ -22,24 +22,25 @@ def load_dictionary(
     hook: str | None = None,
     hook_out: str | None = None,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = "float32",
 ) -> Dictionary | TranscoderSet:
     """The dictionary of a folder, a file or a hub reference, `org/repo[/folder or file][@revision]`.
 
     The format is told by the names of the files unless `format` says it (a key of `forebay.stages.dictionaries.formats.
     FORMATS`). `hook` and `hook_out` take the place of what the format says about where the dictionary reads and writes,
-    or does not say. Weights come on `device` in `dtype` (thresholds always float32); a set of transcoders of many
-    layers is opened lazily, whatever its size. Nothing is unpickled but tensors, and no code of a repository runs.
+    or does not say. Weights come on `device` in `dtype`, a name or torch's (thresholds always float32); a set of
+    transcoders of many layers is opened lazily, whatever its size. Nothing is unpickled but tensors, and no code of a repository runs.
 
     Raises DictionaryError for what is not there, is damaged, is of no known format, or could not be reproduced exactly.
     """
     on = str(resolve_device(device))
+    as_ = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype)
     place = find(source, revision)
     chosen = FORMATS[_name_of(place, format)]
     loaded = chosen.read(place, Hooks(hook, hook_out))
     if isinstance(loaded, TranscoderSet):
-        return replace(loaded, device=on, dtype=dtype)
-    return loaded.to(on, dtype)
+        return replace(loaded, device=on, dtype=as_)
+    return loaded.to(on, as_)
 
 
 def _name_of(place: Place, asked: str | None) -> str:

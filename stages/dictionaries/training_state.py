@@ -80,7 +80,7 @@ def advance(state: State, x: Tensor, y: Tensor, rate: float, dead_after: int, ho
     coded = forward(state.weights, x, y, state.idle >= dead_after, state.threshold, how)
     if not bool(torch.isfinite(coded.loss)):
         raise DictionaryError(
-            f"the loss is {float(coded.loss.detach())} at step {state.step + 1:,}, with learning rate {rate:.3g}. Lower "
+            f"the loss is {float(coded.loss.detach())} at step {state.step + 1:,}, at learning rate {rate:.3g}. Lower "
             "learning_rate, or lengthen warmup, and train into a new folder; activations that are not finite do it, too"
         )
     coded.loss.backward()
