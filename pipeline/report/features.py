@@ -47,7 +47,7 @@ def one_of(run: Path, name: str | None) -> Features:
     accessor: Any = FeaturesAccessor(open_run(run))
     if name is not None:
         return accessor(name)  # type: ignore[no-any-return]
-    names = accessor.names()
+    names = accessor.names
     if len(names) != 1:
         raise SchemaError(f"{run} has features of {', '.join(names) or 'no dictionary'}: say which")
     return accessor(names[0])  # type: ignore[no-any-return]

@@ -1,5 +1,7 @@
 """`save_dictionary`: a dictionary in the format of another library."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from .dictionary import Dictionary
@@ -9,7 +11,8 @@ from .transcoders import TranscoderSet
 
 
 def save_dictionary(dictionary: Dictionary | TranscoderSet, folder: str | Path, *, format: str = "saelens") -> Path:
-    """Write a dictionary into `folder`, which must not exist or be empty, and give its path.
+    """Write a dictionary into `folder`, which must not exist or be empty, and give its path. All of it is there, or
+    nothing.
 
     Formats that are written: saelens, sparsify, circuit-tracer. Weights keep their dtype, thresholds are float32.
     Raises DictionaryError for a folder that holds something, and for what the format could not reproduce exactly.
@@ -20,6 +23,14 @@ def save_dictionary(dictionary: Dictionary | TranscoderSet, folder: str | Path, 
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DictionaryError(f"{path} is there already; give a new folder")
-    path.mkdir(parents=True, exist_ok=True)
-    writers[format](dictionary, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        writers[format](dictionary, aside)
+        aside.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return path
