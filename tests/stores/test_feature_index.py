@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ from .feature_stores import Sparse, every_file, postings_of, random_sparse, writ
 LENGTHS = (9, 1, 30, 5, 17, 2)
 SMALL = Geometry(run=23, chunk=4, shard=16)
 """Many runs, many objects, several chunks in each."""
+SPARSE = random_sparse(3, 37, LENGTHS, most=7, levels=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_disk() -> Iterator[None]:
+    """What is durable matters where processes are killed, and takes most of the time of a small build."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 def built(store: Store, geometry: Geometry = SMALL, skip_positions: int = 1) -> FeatureIndex:
@@ -46,9 +57,6 @@ def built(store: Store, geometry: Geometry = SMALL, skip_positions: int = 1) -> 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return write_features(tmp_path / "features-sae", {"sae": SPARSE}, 12)
-
-
-SPARSE = random_sparse(3, 37, LENGTHS, most=7, levels=3)
 
 
 def assert_index_of(index: FeatureIndex, sparse: Sparse, skip_positions: int) -> None:
@@ -78,7 +86,7 @@ def assert_index_of(index: FeatureIndex, sparse: Sparse, skip_positions: int) ->
         assert read["histogram"][feature].sum() == len(values)
         assert np.abs(np.cumsum(read["histogram"][feature].astype(int) - counts)).max() <= on_edges(values, low, high)
     starts = np.cumsum([0, *sparse.lengths])
-    assert index.n_token == sum(max(0, b - a - skip_positions) for a, b in zip(starts, starts[1:], strict=False))
+    assert index.n_token == sum(max(0, b - a - skip_positions) for a, b in itertools.pairwise(starts))
 
 
 def on_edges(values: np.ndarray[Any, Any], low: float, high: float) -> int:
@@ -86,7 +94,7 @@ def on_edges(values: np.ndarray[Any, Any], low: float, high: float) -> int:
     return int((np.abs(place - np.round(place)) < 1e-9).sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_the_index_is_what_sorting_everything_gives(data: st.DataObject) -> None:
     draw = data.draw
@@ -102,7 +110,7 @@ def test_the_index_is_what_sorting_everything_gives(data: st.DataObject) -> None
         levels=draw(st.sampled_from([None, 1, 3])),
         signed=draw(st.booleans()),
     )
-    geometry = Geometry(run=draw(st.integers(1, 60)), chunk=4, shard=4 * draw(st.integers(1, 6)))
+    geometry = Geometry(run=draw(st.sampled_from([1, 9, 20, 60])), chunk=4, shard=4 * draw(st.integers(1, 6)))
     skip_positions = draw(st.integers(0, 3))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         if draw(st.booleans(), label="features, keys and tokens do not fit 64 bits"):
@@ -290,7 +298,7 @@ def test_a_damaged_index_is_refused_and_built_anew(store: Store, name: str, how:
 def test_an_index_whose_description_is_damaged_is_built_anew(store: Store) -> None:
     path = built(store).store.path / "zarr.json"
     path.write_text("{")
-    with pytest.raises(FingerprintMismatch, match="not readable as JSON.*forebay index"):
+    with pytest.raises(FingerprintMismatch, match=r"not readable as JSON.*forebay index"):
         FeatureIndex.open(store, "sae")
     assert_index_of(built(store), SPARSE, skip_positions=1)
 
@@ -316,14 +324,11 @@ def test_a_build_that_was_stopped_goes_on(store: Store, tmp_path: Path, steps: i
         Build(rows, 1, SMALL, listen).run()
     with pytest.raises(IncompleteStore, match=r"no index of 'sae'\. Build it with `forebay index"):
         FeatureIndex.open(store, "sae")
-    before = {path: path.stat().st_mtime_ns for path in (index_folder(store, "sae") / "work").rglob("*.run")}
-    assert before
-    steps = 0
     again: list[Advance] = []
     Build(rows, 1, SMALL, again.append).run()
-    done = {phase: {one.done for one in heard if one.phase == phase} for phase in ("sort", "merge")}
-    assert not done["sort"] & {one.done for one in again if one.phase == "sort"}
-    assert len(again) < len(before) + 30
+    for phase in {one.phase for one in heard}:
+        last = max(one.done for one in heard if one.phase == phase)
+        assert all(one.done > last for one in again if one.phase == phase)
     whole = write_features(tmp_path / "whole" / "features-sae", {"sae": SPARSE}, 12)
     built(whole)
     objects = [{k: v for k, v in every_file(index_folder(s, "sae")).items() if "/c/" in k} for s in (store, whole)]
@@ -351,9 +356,10 @@ def test_a_full_disk_is_told_of_and_the_build_goes_on(store: Store, monkeypatch:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(run, path)
 
-    with monkeypatch.context() as patched, pytest.raises(DiskFull, match="'sae'.*No space left.*build again"):
+    with monkeypatch.context() as patched:
         patched.setattr(postings.Run, "save", full)
-        built(store)
+        with pytest.raises(DiskFull, match=r"'sae'.*No space left.*build again"):
+            built(store)
     assert_index_of(built(store), SPARSE, skip_positions=1)
 
 
@@ -384,7 +390,7 @@ def test_what_cannot_be_indexed_is_refused_before_anything_is_written(tmp_path: 
     with pytest.raises(IncompleteStore, match="2 of 6 units"):
         build_index(folder)
     write_features(folder, {"sae": SPARSE}, 12, units=[1, 3, 4, 5])
-    with pytest.raises(SchemaError, match="no features 'sea'. Did you mean 'sae'"):
+    with pytest.raises(SchemaError, match=r"no features 'sea'\. Did you mean 'sae'"):
         build_index(folder, "sea")
     with pytest.raises(SchemaError, match=r"memory = 1,000 bytes.*at least 268,435,456"):
         build_index(folder, memory=1000)
@@ -405,7 +411,7 @@ def test_rows_that_name_features_that_are_not_there_are_refused(tmp_path: Path) 
     header = json.loads(path.read_text())
     header["attributes"]["forebay"]["provenance"]["dictionaries"]["sae"]["n_feature"] = 9
     path.write_text(json.dumps(header))
-    with pytest.raises(CorruptStore, match="names features .* of a dictionary of 9"):
+    with pytest.raises(CorruptStore, match=r"names features .* of a dictionary of 9"):
         built(Store.open(tmp_path / "features-sae"))
 
 
