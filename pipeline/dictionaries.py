@@ -46,7 +46,7 @@ def _built(folder: Path, group: str, progress: Progress, stop: Event) -> bool:
     from ..stores.index_builder import Advance, build_index
 
     def advance(at: Advance) -> None:
-        progress.working(f"index of {at.group}", at.done, at.total, f"{at.phase}ing")
+        progress.working(f"index of {at.group}", at.done, at.total, at.phase)
         if stop.is_set():
             raise Stopped
 
@@ -63,12 +63,11 @@ def index_run(run: Path, name: str | None, progress: Progress) -> int:
     """
     from ..stores.feature_rows import groups_of
 
-    held = {
-        (store, group) for store in run_stores(run) if store.schema.kind == "features" for group in groups_of(store)
-    }
-    chosen = sorted((store.path.parent, group) for store, group in held if name in (None, group, group.split("/")[0]))
+    stores = [store for store in run_stores(run) if store.schema.kind == "features"]
+    held = [(store.path.parent, group) for store in stores for group in groups_of(store)]
+    chosen = [(folder, group) for folder, group in held if name in (None, group, group.split("/")[0])]
     if not chosen:
-        names = sorted(group for _, group in held)
+        names = [group for _, group in held]
         raise SchemaError(
             f"{run} has no features called {name!r}.{nearest(name or '', names)} It has: {', '.join(names) or 'none'}"
         )

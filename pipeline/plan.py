@@ -7,18 +7,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import xarray as xr
 
+from ..stages.capture import Capture
 from ..stages.encode import Encode
+from ..stages.models.points import HookPoint
 from ..stages.stage import Stage
 from ..stages.tokenize import Tokenize
+from ..stages.train import Training
 from ..stores.documents import Documents
-from ..stores.errors import DiskFull, StoreNotFound
+from ..stores.errors import DiskFull, SchemaError, StoreNotFound, nearest
 from ..stores.fingerprint import canonical_json, fingerprint, sha256_files, versions
 from ..stores.grid import Unit
 from ..stores.ledger import Ledger, read_json, write_atomic
@@ -164,6 +167,9 @@ def make_plan(
     stages = [stage for stage in placed if stage not in waiting]
     for stage in stages:
         stage.check()
+    for name, training in recipe.training.items():
+        training.check()
+        _check_kept(name, training, stages)
     paths = recipe.corpus.paths()
     folder.mkdir(parents=True, exist_ok=True)
     hashes = sha256_files(paths, folder / "files.json")
@@ -184,6 +190,18 @@ def make_plan(
         steps.append(_step(stage, source, upstream, folder, device))
         steps[-1].check_store()
     return Plan(recipe, folder, device, documents, tuple(steps), waiting)
+
+
+def _check_kept(name: str, training: Training, stages: Sequence[Stage]) -> None:
+    """SchemaError unless the recipe captures what a dictionary is trained on."""
+    capture = next((stage for stage in stages if isinstance(stage, Capture)), None)
+    kept = [str(point) for point in capture.captured] if capture else []
+    for hook in (training.hook, training.hook_out):
+        if hook is not None and str(HookPoint.parse(hook)) not in kept:
+            raise SchemaError(
+                f"train.{name} needs the activations of {hook}, which the recipe does not capture."
+                f"{nearest(hook, kept)} Add it to capture.hooks"
+            )
 
 
 def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: Path, device: str) -> Step:

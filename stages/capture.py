@@ -120,6 +120,11 @@ class Capture(Stage):
             by_kind[point.kind].append(point)
         return {kind: tuple(points) for kind, points in by_kind.items()}
 
+    @property
+    def captured(self) -> tuple[HookPoint, ...]:
+        """All the hook points asked for."""
+        return tuple(point for points in self.points(self.model.open().spec).values() for point in points)
+
     def about(self) -> dict[str, Any]:
         return {"model": self.model.about()}
 

@@ -28,8 +28,9 @@ from xarray.core import indexing
 from .chunks import Spans
 from .errors import FingerprintMismatch, ForebayError, IncompleteStore, SchemaError
 from .feature_rows import FeatureRows
+from .ledger import Ledger
 from .postings import BINS
-from .schema import DATA, Array, Schema
+from .schema import Array, Schema
 from .store import Store
 from .tree import KeptArray
 
@@ -101,10 +102,7 @@ def _array(
 def built(source: Store, group: str) -> Store | None:
     """The store of a finished index, of whatever features; None if there is none."""
     folder = index_folder(source, group)
-    if not (folder / DATA).is_dir():
-        return None
-    store = Store.open(folder)
-    return store if store.complete else None
+    return Store.open(folder) if Ledger(folder).done() else None
 
 
 @dataclass(frozen=True)

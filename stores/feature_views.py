@@ -17,7 +17,10 @@ from .selections import expanded, tokens_at
 
 PIECE = 2**15
 """Tokens that are read at a time."""
-_PAIRS = 2**22
+PAIRS = 2**22
+"""Pairs that are listed at a time."""
+PRODUCT = 64
+"""A matrix product does as many multiplications in the time of one pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,11 @@ class Cooccurrence(BackendArray):
 def _together(row: NDArray[np.int64], column: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     """How often two of `n` columns stand in the same row. Rows ascend."""
     _, place, count = np.unique(row, return_inverse=True, return_counts=True)
-    if n * n * len(count) < 64 * int((count * count).sum()):  # a matrix product does 64 in the time of one pair
+    if n * n * len(count) < PRODUCT * int((count * count).sum()):
         return _by_product(place, column, len(count), n)
     found = np.zeros(n * n, np.int64)
     first = np.cumsum(count) - count
-    for some in _slices(count[place], _PAIRS):
+    for some in _slices(count[place], PAIRS):
         each = count[place[some]]
         other = column[expanded(first[place[some]], each)]
         found += np.bincount(np.repeat(column[some], each) * n + other, minlength=n * n)

@@ -26,7 +26,7 @@ from .feature_index import SHARD_FEATURES, FeatureIndex, built, determines, inde
 from .feature_rows import VALUES, FeatureRows, groups_of
 from .fingerprint import canonical_json, fingerprint, versions, whereabouts
 from .ledger import Ledger, Record, read_json, sync_folder, write_atomic
-from .postings import MOST, STATISTICS, Run, keys_of, merged, sorted_run, tokens_that_fit
+from .postings import MOST, STATISTICS, Run, RunFile, keys_of, merged, sorted_run, tokens_that_fit
 from .schema import DATA
 from .store import Store
 from .writer import make_durable
@@ -137,11 +137,16 @@ class Build:
         )
 
     @cached_property
-    def spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> list[Span]:
         """The tokens of each run, few enough to sort fast unless there were too many runs then."""
         fitting = tokens_that_fit(self.rows.n_feature)
         most_tokens = fitting if fitting >= LEAST_TOKENS else 2**32
         return token_spans(self.rows, self.geometry.run, most_tokens)
+
+    @cached_property
+    def runs(self) -> RunFile:
+        first, _, most = zip(*self.spans, strict=True)
+        return RunFile(self.work / "runs" / "sorted", self.rows.n_feature, first, most)
 
     def run(self) -> None:
         """Builds the index, unless it is there and whole. Errors as `build_index` says."""
@@ -181,6 +186,7 @@ class Build:
         shutil.rmtree(self.folder / DATA, ignore_errors=True)
         for ledger in (self.sorting, self.merging):
             ledger.done_folder.mkdir(parents=True)
+        self.runs.create()
         sync_folder(self.folder)
         write_atomic(path, canonical_json(plan).encode())
 
@@ -194,14 +200,11 @@ class Build:
     def _sort(self) -> None:
         done = self.sorting.done()
         todo = [index for index in range(len(self.spans)) if index not in done]
-        sizes = [stop - start for start, stop in self.spans]
+        sizes = [span.stop - span.start for span in self.spans]
         self._each("sort", self._sort_run, todo, sizes)
 
-    def _run_path(self, index: int) -> Path:
-        return self.work / "runs" / f"{index:06d}.run"
-
     def _sort_run(self, index: int) -> None:
-        start, stop = self.spans[index]
+        start, stop, _ = self.spans[index]
         rows = self.rows.read(start, stop)
         values = rows.value.astype(np.float32, copy=False)
         token = np.repeat(np.arange(stop - start, dtype=np.uint32), rows.count)
@@ -213,14 +216,14 @@ class Build:
             )
         skipped = self.rows.tables.labels("position", range(start, stop)) < self.skip_positions
         run = sorted_run(start, self.rows.n_feature, rows.feature, token, keys_of(values), skipped)
-        run.save(self._run_path(index))
+        self.runs.save(index, run)
         self.sorting.complete(index, {"tokens": [start, stop], "nonzeros": len(run.key)})
 
     # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _merge(self) -> None:
         """Fills the index from the sorted runs, and records it."""
-        runs = [Run.load(self._run_path(i), start, self.rows.n_feature) for i, (start, _) in enumerate(self.spans)]
+        runs = self.runs.load()
         ptr = np.zeros(self.rows.n_feature + 1, np.int64)
         for run in runs:
             ptr += run.ptr
@@ -303,25 +306,35 @@ class Build:
                 raise
 
 
-def token_spans(rows: FeatureRows, most: int, most_tokens: int) -> list[tuple[int, int]]:
+class Span(NamedTuple):
+    """Tokens [start, stop), which have at most `most` nonzeros."""
+
+    start: int
+    stop: int
+    most: int
+
+
+def token_spans(rows: FeatureRows, most: int, most_tokens: int) -> list[Span]:
     """Consecutive ranges of all tokens, at most `most_tokens` with at most `most` nonzeros, or one token each."""
     n_token = rows.store.schema.n_token
     if rows.counted:
         rank = rows.store.schema.arrays[f"{rows.group}/feature"].shape[1]
         step = min(max(1, most // rank), most_tokens)
-        return [(start, min(start + step, n_token)) for start in range(0, n_token, step)]
-    edges, room = [0], most
+        edges = range(0, n_token, step)
+        return [Span(start, min(start + step, n_token), rank * min(step, n_token - start)) for start in edges]
+    spans, start, have = list[Span](), 0, 0
     for unit in rows.store.schema.grid:
         total, used = np.cumsum(rows.counts(unit.start, unit.stop)), 0
         while True:
-            edge = unit.start + int(np.searchsorted(total, used + room, side="right"))
-            edge = min(max(edge, edges[-1] + 1), edges[-1] + most_tokens)
+            edge = unit.start + int(np.searchsorted(total, used + most - have, side="right"))
+            edge = min(max(edge, start + 1), start + most_tokens)
             if edge >= unit.stop:
                 break
-            edges.append(edge)
-            used, room = int(total[edge - unit.start - 1]) if edge > unit.start else 0, most
-        room -= int(total[-1]) - used
-    return list(zip(edges, [*edges[1:], n_token], strict=True))
+            reached = int(total[edge - unit.start - 1]) if edge > unit.start else 0
+            spans.append(Span(start, edge, have + reached - used))
+            start, have, used = edge, 0, reached
+        have += int(total[-1]) - used
+    return [*spans, Span(start, n_token, have)]
 
 
 def _add(to: NDArray[np.void], more: NDArray[np.void]) -> None:

@@ -6,6 +6,7 @@ So the whole is the same however it is cut into runs and pieces.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,24 +61,47 @@ class Run:
     key: Keys
     token: NDArray[np.uint32]
 
-    def save(self, path: Path) -> None:
-        """Writes the run durably, over what may be there."""
-        with open(path, "wb") as file:
-            for part in (self.ptr, self.key, self.token):
+
+@dataclass(frozen=True, slots=True)
+class RunFile:
+    """Sorted runs side by side in one file, each in a place of its own. Run i holds tokens from `first[i]` on, and at
+    most `most[i]` nonzeros.
+    """
+
+    path: Path
+    n_feature: int
+    first: tuple[int, ...]
+    most: tuple[int, ...]
+
+    def _places(self) -> list[int]:
+        """Where each run begins, and where the last one ends, in bytes."""
+        return [0, *itertools.accumulate(8 * (self.n_feature + 1 + most) for most in self.most)]
+
+    def create(self) -> None:
+        """Makes the file, with nothing in it; file systems give no room to what is not written."""
+        with open(self.path, "wb") as file:
+            file.truncate(self._places()[-1])
+        sync_folder(self.path.parent)
+
+    def save(self, index: int, run: Run) -> None:
+        """Writes a run durably."""
+        with open(self.path, "r+b") as file:
+            file.seek(self._places()[index])
+            for part in (run.ptr, run.key, run.token):
                 file.write(part.view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(path.parent)
 
-    @classmethod
-    def load(cls, path: Path, first_token: int, n_feature: int) -> Run:
-        """The run that `save` wrote, mapped into memory."""
-        ptr = np.memmap(path, np.int64, "r", shape=(n_feature + 1,))
-        n = int(ptr[-1])
-        if n == 0:
-            return cls(first_token, np.asarray(ptr), np.zeros(0, np.uint32), np.zeros(0, np.uint32))
-        parts = np.memmap(path, np.uint32, "r", offset=ptr.nbytes, shape=(2, n))
-        return cls(first_token, np.asarray(ptr), np.asarray(parts[0]), np.asarray(parts[1]))
+    def load(self) -> list[Run]:
+        """All runs, mapped into memory; every one must have been saved."""
+        whole = np.asarray(np.memmap(self.path, np.uint8, "r"))
+        runs = []
+        for first, place in zip(self.first, self._places(), strict=False):
+            ptr = whole[place : place + 8 * (self.n_feature + 1)].view(np.int64)
+            n = 4 * int(ptr[-1])
+            key, token = (whole[at : at + n].view(np.uint32) for at in (place + ptr.nbytes, place + ptr.nbytes + n))
+            runs.append(Run(first, ptr, key, token))
+        return runs
 
 
 def sorted_run(

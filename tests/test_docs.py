@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import forebay
 
 from .models.rwkv_models import write_pth
 
@@ -42,6 +45,32 @@ def test_examples_run(
 ) -> None:
     write_pth(tmp_path / "RWKV-x070-World-0.1B.pth", 7, d_vocab=2**16, n_layers=4)
     monkeypatch.chdir(tmp_path)
+    run_blocks(name, capsys)
+
+
+def test_examples_with_dictionaries_run(
+    tiny_model: Path,
+    make_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a run like the demo's, of a random model with as many layers as it takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, num_hidden_layers=16)).save_pretrained(tmp_path / "model")
+    hook = "blocks.15.hook_resid_post"
+    train = {"hook": hook, "n_feature": 40, "k": 8, "batch": 64, "n_batch": 20}
+    tables = {"capture": {"hooks": [hook]}, "train": {"sae": train}, "encode": {"sae": {}}}
+    recipe = make_recipe("smollm2", model=tmp_path / "model", **tables)
+    assert forebay.run(recipe, tmp_path / "runs/smollm2").code == 0
+    monkeypatch.chdir(tmp_path)
+    run_blocks("dictionaries.md", capsys)
+
+
+def run_blocks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each block of Python alone; together they print something."""
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:

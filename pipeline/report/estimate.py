@@ -36,6 +36,8 @@ def plan_table(plan: Plan) -> RenderableType:
             size(2 * step.unit_bytes),
             _time(step, state, plan.device),
         )
+    for stage in plan.waiting:
+        table.add_row(stage.store, *["?"] * 5, escape(f"when [train.{stage.name}] is done"))
     arrays = [
         f"{step.stage.store}/{path}: {array.dtype} {dict(zip(array.dims, array.shape, strict=True))}"
         for step in plan.steps

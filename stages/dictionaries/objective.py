@@ -219,21 +219,28 @@ def geometric_median(x: Tensor, *, tolerance: float = 1e-6, most: int = 200) -> 
 def first_weights(n_feature: int, x: Tensor, y: Tensor, how: Settings, seed: int) -> dict[str, Tensor]:
     """Weights to start from, given a sample of rows as `forward` takes them.
 
-    W_dec has random rows of length 1, and an autoencoder's W_enc the same ones (Gao et al. 2024, A.1); a transcoder's
-    are others. b_dec is the geometric median of y; a transcoder's b_enc makes up for that of x. JumpReLU's thresholds
-    are all where the mean L0 of the sample is k.
+    W_dec has random rows of length 1, and an autoencoder's W_enc the same ones (Gao et al. 2024, A.1), so that every
+    preactivation is the part of x along its row. A transcoder's is the best linear guess, from x, of that part of y.
+    b_dec is the geometric median of y; a transcoder's b_enc takes that of x away. JumpReLU's thresholds are all where
+    the mean L0 of the sample is k.
     """
-    generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(n_feature, y.shape[1], generator=generator)
-    W_enc = W_dec if how.subtracts else torch.randn(n_feature, x.shape[1], generator=generator)
-    weights = {"W_enc": W_enc.clone().to(x.device), "W_dec": W_dec.to(x.device), "b_dec": geometric_median(y)}
-    unit_rows(weights["W_enc"])
-    unit_rows(weights["W_dec"])
-    middle = weights["b_dec"] if how.subtracts else geometric_median(x)
-    shift = -weights["W_enc"] @ middle
-    weights["b_enc"] = torch.zeros_like(shift) if how.subtracts else shift
+    W_dec = torch.randn(n_feature, y.shape[1], generator=torch.Generator().manual_seed(seed)).to(x.device)
+    unit_rows(W_dec)
+    weights = {"W_enc": W_dec.clone(), "W_dec": W_dec, "b_dec": geometric_median(y), "b_enc": x.new_zeros(n_feature)}
+    shift = -weights["W_enc"] @ weights["b_dec"] if how.subtracts else weights["b_enc"]
+    if not how.subtracts:
+        middle = geometric_median(x)
+        weights["W_enc"] = W_dec @ _regression(x - middle, y - weights["b_dec"])
+        weights["b_enc"] = shift = -weights["W_enc"] @ middle
     if how.activation == "jumprelu":
         h = x[:THRESHOLD_ROWS] @ weights["W_enc"].T + shift
         least = torch.topk(h.flatten(), how.k * len(h), sorted=False).values.amin().clamp_min(1e-3)
         weights["log_threshold"] = least.log().expand(n_feature).clone()
     return weights
+
+
+def _regression(x: Tensor, y: Tensor) -> Tensor:
+    """The matrix [d_out, d_in] of the least squares of y on x, with a thousandth of each variance of x as a ridge."""
+    squares, products = (x.T @ x).cpu().double(), (x.T @ y).cpu().double()
+    ridge = torch.diag(1e-3 * squares.diagonal().clamp_min(1e-9 * squares.diagonal().mean()))
+    return torch.linalg.solve(squares + ridge, products).T.to(x)

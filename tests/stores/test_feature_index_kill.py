@@ -1,0 +1,96 @@
+"""An index whose building is killed at any instant, and run again, has the bytes of one that never was."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay.stores.errors import IncompleteStore
+from forebay.stores.feature_index import FeatureIndex, index_folder
+from forebay.stores.feature_rows import FeatureRows
+from forebay.stores.index_builder import Build, Geometry
+from forebay.stores.store import Store
+
+from .feature_stores import every_file, random_sparse, write_features
+
+SPARSE = random_sparse(6, 61, (40,) * 12 + (7,), most=12, levels=5)
+GEOMETRY = Geometry(run=150, chunk=16, shard=128)
+KILLS = 20
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[[Path, int], Any]:
+    """Starts a build in a process that has everything imported."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["forebay.stores.index_builder"])
+
+    def started(folder: Path, skip_positions: int = 1) -> Any:
+        build = Build(FeatureRows.open(Store.open(folder), "sae"), skip_positions, GEOMETRY)
+        process = context.Process(target=build.run, daemon=True)
+        process.start()
+        return process
+
+    return started
+
+
+def objects(folder: Path) -> dict[str, bytes]:
+    return {key: content for key, content in every_file(folder / "index" / "sae").items() if "/c/" in key}
+
+
+def state(store: Store) -> tuple[int, int, bool]:
+    """Runs and objects that are recorded, and whether the index is there."""
+    build = Build(FeatureRows.open(store, "sae"), 1, GEOMETRY)
+    try:
+        index = FeatureIndex.open(store, "sae")
+    except IncompleteStore:
+        return len(build.sorting.done()), len(build.merging.done()), False
+    assert index.store.verify() == {}
+    return 0, 0, True
+
+
+def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_path: Path) -> None:
+    chance = random.Random(5)
+    whole = write_features(tmp_path / "whole" / "features-sae", {"sae": SPARSE}, 100)
+    start(whole.path.parent).join()  # the first process is slow to start
+    (index_folder(whole, "sae") / "done" / "000000.json").unlink()
+    started = time.monotonic()
+    process = start(whole.path.parent)
+    process.join()
+    length, expected = time.monotonic() - started, objects(whole.path.parent)
+    assert process.exitcode == 0
+    assert len(expected) > 50
+
+    store = write_features(tmp_path / "killed" / "features-sae", {"sae": SPARSE}, 100)
+    kills, phases = 0, list[str]()
+    while kills < KILLS:
+        other = chance.random() < 0.15  # settings were changed, and changed back: what was begun is of no use
+        process = start(store.path.parent, 2 if other else 1)
+        process.join(chance.uniform(0, 0.6 * length))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            (index_folder(store, "sae") / "done" / "000000.json").unlink()
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        runs, merged, there = state(store)
+        phases.append("there" if there else "merging" if merged else "sorting" if runs else "nothing yet")
+        if there and not other:
+            assert objects(store.path.parent) == expected
+    process = start(store.path.parent)
+    process.join()
+    assert process.exitcode == 0
+    assert state(store)[2]
+    assert objects(store.path.parent) == expected
+    assert not (index_folder(store, "sae") / "work").exists()
+    leftovers = (".partial", ".tmp", ".data.zarr.")
+    assert not [path for path in store.path.parent.rglob("*") if any(mark in path.name for mark in leftovers)]
+    # Else the kills came before the first run or after the last object, and show nothing.
+    assert min(phases.count("sorting"), phases.count("merging")) >= 2, phases
