@@ -224,7 +224,7 @@ def cut(runs: Sequence[Run], ptr: NDArray[np.int64], rank: int) -> Cut:
     left = wanted - sum(below)
     before = []
     for first, lower, ties in zip(start, below, equal, strict=True):
-        before.append(first + lower + min(ties, left))
+        before.append(first + lower + ties)
         left -= min(ties, left)
     return Cut(feature, before)
 

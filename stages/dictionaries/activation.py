@@ -42,6 +42,20 @@ class Sparse:
         row, feature = values.nonzero(as_tuple=True)
         return cls(torch.bincount(row, minlength=len(values)), feature, values[row, feature], values.shape[-1])
 
+    @classmethod
+    def from_ranked(cls, values: Tensor, features: Tensor, n_feature: int) -> "Sparse":
+        """What `Activation.ranked` gives, as compressed rows."""
+        features, order = features.sort(dim=-1)
+        fires = features >= 0
+        return cls(fires.sum(-1), features[fires], values.gather(-1, order)[fires], n_feature)
+
+    def take(self, rows: Tensor) -> "Sparse":
+        """Some of the rows, by their numbers, which ascend."""
+        chosen = torch.zeros(len(self.count), dtype=torch.bool, device=self.count.device)
+        chosen[rows] = True
+        of_them = chosen[self.row]
+        return Sparse(self.count[rows], self.feature[of_them], self.value[of_them], self.n_feature)
+
     def to_dense(self) -> Tensor:
         """Dense features [row, feature]."""
         dense = self.value.new_zeros(len(self.count), self.n_feature)

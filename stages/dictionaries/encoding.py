@@ -17,6 +17,7 @@ from ...stores.grid import Unit
 from ...stores.schema import Schema
 from ..models.points import HookPoint
 from ..storing import Dtype, cast, on_host
+from .activation import Sparse
 from .dictionary import Dictionary, Encoder
 from .sites import Site
 
@@ -144,54 +145,57 @@ def _encode(
             f"{encoding.site.hook}: the activations of token {first} are NaN or infinite, and have no features. "
             'Capture in a wider dtype ("float32" or "bfloat16")'
         )
-    blocks, count = [], []
+    target = activations.get(encoding.site.hook_out) if encoding.fits else None
+    chosen = np.flatnonzero(counted & (tokens % encoding.fit_every == 0)) if target is not None else np.zeros(0, int)
+    blocks, decoded = [], []
     for at in range(0, len(x), encoding.block_rows):
-        blocks.append(_block(encoding, x[at : at + encoding.block_rows]))
-        count.append(blocks[-1].pop("count"))
+        rows = x[at : at + encoding.block_rows]
+        sample = torch.from_numpy(chosen[(chosen >= at) & (chosen < at + len(rows))] - at).to(x.device)
+        block, again = _block(encoding, rows, sample)
+        blocks.append(block)
+        decoded.append(again)
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    fired = np.concatenate(count)
+    statistics = {"token_sum": np.array([counted.sum()]), "l0_sum": np.array([columns["count"][counted].sum()])}
+    if target is not None:
+        statistics |= _fit(torch.cat(decoded), encoding.rows(target)[torch.from_numpy(chosen).to(target.device)])
     dims = ("nonzero",) if encoding.site.rank is None else ("token", "rank")
-    variables: dict[str, Any] = {name: (dims, values) for name, values in columns.items()}
+    variables: dict[str, Any] = {name: (dims, columns[name]) for name in ("feature", "value")}
     if encoding.site.rank is None:
-        variables["count"] = (("token",), fired)
-    statistics = {"token_sum": np.array([counted.sum()]), "l0_sum": np.array([fired[counted].sum()])}
-    return variables, {**statistics, **_fit(encoding, activations, tokens, counted)}
+        variables["count"] = (("token",), columns["count"])
+    return variables, statistics
 
 
-def _block(encoding: SiteEncoding, x: Tensor) -> dict[str, NDArray[Any]]:
-    """`feature`, `value` and `count` of one block of rows, as they are kept."""
+def _block(encoding: SiteEncoding, x: Tensor, sample: Tensor) -> tuple[dict[str, NDArray[Any]], Tensor]:
+    """`feature`, `value` and `count` of one block of rows, as they are kept; and the reconstructions of a sample of
+    them, where there is a decoder.
+    """
     encoder, site = encoding.encoder, encoding.site
     if site.rank is not None:
         value, feature = encoder.encode_ranked(x)
         count = (feature >= 0).sum(-1)
+        sparse = Sparse.from_ranked(value[sample], feature[sample], site.n_feature)
     else:
-        sparse = encoder.encode_sparse(x)
-        value, feature, count = sparse.value, sparse.feature, sparse.count
+        coded = encoder.encode_sparse(x)
+        value, feature, count = coded.value, coded.feature, coded.count
+        sparse = coded.take(sample) if len(sample) else coded
     kept = cast(value, encoding.store_dtype, f"features of {site.source}", "encode's store_dtype")
-    return {
+    columns = {
         "feature": on_host(feature.to(torch.int32)),
         "value": on_host(kept),
         "count": on_host(count.to(torch.int32)),
     }
+    if not isinstance(encoder, Dictionary):
+        return columns, x.new_zeros(0, 0)
+    decoded = encoder.decode_sparse(sparse, x[sample]) if len(sample) else x.new_zeros(0, encoder.d_out)
+    return columns, decoded.to(x.dtype)
 
 
-def _fit(
-    encoding: SiteEncoding, activations: Mapping[str, Tensor], tokens: NDArray[np.int64], counted: NDArray[np.bool_]
-) -> dict[str, NDArray[Any]]:
-    """Sums over a sample of the tokens, from which `dictionary_fit` makes FVU and cosine; nothing where there is no
-    decoder, or nothing to compare with.
-    """
-    encoder = encoding.encoder
-    if not isinstance(encoder, Dictionary) or encoding.fit_every == 0 or encoding.site.hook_out not in activations:
-        return {}
-    source, target = (encoding.rows(activations[name]) for name in (encoding.site.hook, encoding.site.hook_out))
-    chosen = torch.from_numpy(np.flatnonzero(counted & (tokens % encoding.fit_every == 0))).to(source.device)
-    x = source[chosen]
-    target = target[chosen].cpu().double()
-    decoded = encoder.decode_sparse(encoder.encode_sparse(x), x).cpu().double()
+def _fit(decoded: Tensor, target: Tensor) -> dict[str, NDArray[Any]]:
+    """Sums over a sample of the tokens, from which `dictionary_fit` makes FVU and cosine."""
+    decoded, target = decoded.cpu().double(), target.cpu().double()
     cosine = torch.nn.functional.cosine_similarity(decoded, target, dim=-1)
     return {
-        "fit_token_sum": np.array([len(chosen)]),
+        "fit_token_sum": np.array([len(target)]),
         "error_square_sum": _numpy((decoded - target).square().sum()),
         "target_square_sum": _numpy(target.square().sum()),
         "target_sum": _numpy(target.sum(0)),

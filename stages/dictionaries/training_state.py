@@ -15,6 +15,8 @@ from .objective import Coded, Settings, first_weights, forward, unit_rows, witho
 
 BETAS, EPSILON = (0.9, 0.999), 6.25e-10
 """Of Adam (Gao et al. 2024, A.2)."""
+LOG_THRESHOLD, THRESHOLD_SPEED = "log_threshold", 10.0
+"""JumpReLU's thresholds are learned as logarithms, which have further to go than weights: so much faster."""
 MEMORY = 0.99
 """How much of BatchTopK's running threshold is kept at each step."""
 
@@ -57,10 +59,15 @@ def _scale(x: Tensor) -> float:
 
 
 def _adam(weights: dict[str, Tensor]) -> torch.optim.Adam:
+    """Of weights in their order, JumpReLU's thresholds in a group of their own."""
     for weight in weights.values():
         weight.requires_grad_()
+    groups = [
+        {"params": [weight for name, weight in weights.items() if name != LOG_THRESHOLD], "speed": 1.0},
+        {"params": [weight for name, weight in weights.items() if name == LOG_THRESHOLD], "speed": THRESHOLD_SPEED},
+    ]
     fused = weights["W_enc"].device.type in ("cpu", "cuda")
-    return torch.optim.Adam(weights.values(), lr=0.0, betas=BETAS, eps=EPSILON, fused=fused)
+    return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=fused)
 
 
 def rows_of(found: Any, on: torch.device) -> tuple[Tensor, Tensor]:
@@ -88,7 +95,8 @@ def advance(state: State, x: Tensor, y: Tensor, rate: float, dead_after: int, ho
     with torch.no_grad():
         assert W_dec.grad is not None
         without_parallel(W_dec.grad, W_dec)
-        state.adam.param_groups[0]["lr"] = rate
+        for group in state.adam.param_groups:
+            group["lr"] = rate * group["speed"]
         state.adam.step()
         state.adam.zero_grad()
         unit_rows(W_dec)
@@ -115,7 +123,8 @@ def load_state(path: Path, on: torch.device) -> State:
     # Copies, for products of a matrix that lies elsewhere in memory may differ in the last bit.
     tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
     of_adam = {name: value for name, value in tensors.items() if name.startswith("adam.")}
-    weights = {name[8:]: value.to(on) for name, value in tensors.items() if name.startswith("weights.")}
+    names = sorted((name for name in tensors if name.startswith("weights.")), key=lambda name: LOG_THRESHOLD in name)
+    weights = {name.removeprefix("weights."): tensors[name].to(on) for name in names}
     adam = _adam(weights)
     if of_adam:
         parts = ("exp_avg", "exp_avg_sq", "step")

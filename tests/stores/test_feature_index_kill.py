@@ -44,35 +44,42 @@ def objects(folder: Path) -> dict[str, bytes]:
     return {key: content for key, content in every_file(folder / "index" / "sae").items() if "/c/" in key}
 
 
-def state(store: Store) -> tuple[int, int, bool]:
-    """Runs and objects that are recorded, and whether the index is there."""
+def records(store: Store) -> tuple[int, int]:
+    """Runs and objects that are recorded."""
     build = Build(FeatureRows.open(store, "sae"), 1, GEOMETRY)
+    return len(build.sorting.done()), len(build.merging.done())
+
+
+def is_there(store: Store) -> bool:
+    """Whether there is an index; it is whole then."""
     try:
         index = FeatureIndex.open(store, "sae")
     except IncompleteStore:
-        return len(build.sorting.done()), len(build.merging.done()), False
+        return False
     assert index.store.verify() == {}
-    return 0, 0, True
+    return True
 
 
 def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_path: Path) -> None:
     chance = random.Random(5)
     whole = write_features(tmp_path / "whole" / "features-sae", {"sae": SPARSE}, 100)
-    start(whole.path.parent).join()  # the first process is slow to start
-    (index_folder(whole, "sae") / "done" / "000000.json").unlink()
-    started = time.monotonic()
     process = start(whole.path.parent)
     process.join()
-    length, expected = time.monotonic() - started, objects(whole.path.parent)
     assert process.exitcode == 0
+    expected = objects(whole.path.parent)
     assert len(expected) > 50
 
     store = write_features(tmp_path / "killed" / "features-sae", {"sae": SPARSE}, 100)
+    n_run = len(Build(FeatureRows.open(store, "sae"), 1, GEOMETRY).spans)
+    n_record = n_run + sum(key.startswith("token/") for key in expected)
     kills, phases = 0, list[str]()
     while kills < KILLS:
-        other = chance.random() < 0.15  # settings were changed, and changed back: what was begun is of no use
+        other = chance.random() < 0.3  # settings were changed, and will be changed back: what was begun is of no use
         process = start(store.path.parent, 2 if other else 1)
-        process.join(chance.uniform(0, 0.6 * length))
+        wanted = chance.randrange(n_record)
+        while process.exitcode is None and sum(records(store)) < wanted:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -80,14 +87,14 @@ def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_pa
             continue
         assert process.exitcode == -signal.SIGKILL
         kills += 1
-        runs, merged, there = state(store)
-        phases.append("there" if there else "merging" if merged else "sorting" if runs else "nothing yet")
-        if there and not other:
+        runs, merged = records(store)
+        phases.append("merging" if merged else "sorting" if runs else "neither")
+        if is_there(store) and not other:
             assert objects(store.path.parent) == expected
     process = start(store.path.parent)
     process.join()
     assert process.exitcode == 0
-    assert state(store)[2]
+    assert is_there(store)
     assert objects(store.path.parent) == expected
     assert not (index_folder(store, "sae") / "work").exists()
     leftovers = (".partial", ".tmp", ".data.zarr.")
