@@ -7,25 +7,23 @@ order, and mixed in memory, which is a hundred times faster and mixes as well wh
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
-from google_crc32c import value as crc32c
-from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from .chunks import Chunks
 from .dtypes import format_of
-from .errors import CorruptStore, IncompleteStore, SchemaError, StoreNotFound, nearest
+from .errors import IncompleteStore, SchemaError, StoreNotFound, nearest
 from .fingerprint import fingerprint
 from .schema import DATA, Array
 from .store import Store
-from .tree import REPAIR, run_stores
+from .tree import run_stores
 
 READERS, BLOCK = 4, 256
 """Threads, and rows that are gathered and decoded at once, which stay in a processor's cache."""
@@ -263,7 +261,6 @@ class _Column:
     store: Store
     path: str
     layer: int | None
-    indexes: dict[int, Ints] = field(default_factory=dict)
 
     @cached_property
     def array(self) -> Array:
@@ -292,34 +289,15 @@ class _Column:
         labels = self.store.labels
         return self.store.schema.n_token, labels["sequences/start"][1], labels["documents/start"][1]
 
-    def read(self, chunk: int, into: Rows) -> None:
-        """Puts a chunk, by its number along `token`, into [rows, width]. CorruptStore if it is not what was written.
+    @cached_property
+    def chunks(self) -> Chunks:
+        return Chunks(self.store, self.path)
 
-        A shard is its chunks, each with its crc32c behind it, and at the end their offsets and lengths.
-        """
+    def read(self, chunk: int, into: Rows) -> None:
+        """Puts a chunk, by its number along `token`, into [rows, width]. CorruptStore if it is not what was written."""
         shard, within = divmod(chunk, self.array.shards[self.axis] // self.rows)
         lead = () if self.layer is None else (self.layer,)
-        index = (*lead, shard, *(0,) * (len(self.array.dims) - self.axis - 1))
-        path = self.store.path / self.store.object_key(self.path, index)
-        target = into.reshape(-1).view(np.uint8)
-        try:
-            with open(path, "rb") as file:
-                if shard not in self.indexes:
-                    self.indexes[shard] = self._index(file)
-                offset, length = self.indexes[shard][within].tolist()
-                if self.store.schema.compression == "none":
-                    _read(file, target, offset)
-                else:
-                    packed = np.empty(length - 4, np.uint8)
-                    _read(file, packed, offset)
-                    decompress(packed, target)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CorruptStore(f"{path} cannot be read at chunk {within}: {error}. {REPAIR}") from error
-
-    def _index(self, file: BinaryIO) -> Ints:
-        pairs = np.empty((self.array.shards[self.axis] // self.rows, 2), "<u8")
-        _read(file, pairs.reshape(-1).view(np.uint8), os.fstat(file.fileno()).st_size - pairs.nbytes - 4)
-        return pairs.astype(np.int64)
+        self.chunks.read((*lead, shard, *(0,) * (len(self.array.dims) - self.axis - 1)), within, into)
 
     def gather(self, buffer: Rows, rows: Ints, into: Rows) -> None:
         """Puts some rows of a buffer into [row, width], as bits or decoded, whichever `into` is for."""
@@ -330,16 +308,6 @@ class _Column:
                 np.left_shift(found, 16, out=part.view(np.uint32), dtype=np.uint32, casting="unsafe")
             else:
                 part[...] = found
-
-
-def _read(file: BinaryIO, into: NDArray[np.uint8], offset: int) -> None:
-    """Bytes of a file that end in their crc32c. ValueError if they are cut off or do not agree with it."""
-    said = np.empty(1, "<u4")
-    file.seek(offset)
-    if file.readinto(into.data) < len(into) or file.readinto(said.data) < said.nbytes:  # type: ignore[attr-defined]
-        raise ValueError("it is cut off")
-    if crc32c(into) != said[0]:
-        raise ValueError("its checksum is wrong")
 
 
 def _find(run: Path, names: Sequence[str]) -> Iterator[_Column]:

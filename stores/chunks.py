@@ -5,8 +5,10 @@ An object is its chunks, each with its crc32c behind it, and at the end their of
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,6 +27,54 @@ _INDEXES = 256
 
 
 @dataclass(frozen=True, eq=False)
+class Chunks:
+    """The chunks of an array's objects, each read whole and its checksum compared. Picklable; may be shared among
+    threads.
+    """
+
+    store: Store
+    path: str
+    repair: str = REPAIR
+    _indexes: dict[tuple[int, ...], NDArray[np.int64]] = field(default_factory=dict, repr=False)
+
+    def read(self, index: tuple[int, ...], within: int, into: NDArray[Any]) -> None:
+        """Puts chunk number `within` of the object `index` into an array of its size, in its kept form. CorruptStore,
+        with the advice `repair`, if it is not what was written.
+        """
+        path = self.store.path / self.store.object_key(self.path, index)
+        target = into.reshape(-1).view(np.uint8)
+        try:
+            with open(path, "rb") as file:
+                table = self._indexes.get(index)
+                if table is None:
+                    table = _read_index(file, self._n_chunk)
+                    if len(self._indexes) >= _INDEXES:  # other threads keep the tables that they hold
+                        self._indexes.clear()
+                    self._indexes[index] = table
+                offset, length = table[within].tolist()
+                if offset < 0:
+                    raise ValueError("it was never written")
+                if self.store.schema.compression == "none":
+                    _read(file, target, offset)
+                else:
+                    packed = np.empty(length - 4, np.uint8)
+                    _read(file, packed, offset)
+                    decompress(packed, target)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CorruptStore(f"{path} cannot be read at chunk {within}: {error}. {self.repair}") from error
+
+    @property
+    def _n_chunk(self) -> int:
+        """Chunks in an object."""
+        array = self.store.schema.arrays[self.path]
+        return math.prod(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What was remembered stays behind."""
+        return Chunks, (self.store, self.path, self.repair)
+
+
+@dataclass(frozen=True, eq=False)
 class Spans:
     """An array of a complete store, read by spans of its long axis: the first, or of a ragged array the second. Its
     chunks are whole along all axes behind; the last `keep` of them that were read are kept in memory. Picklable; may be
@@ -36,7 +86,10 @@ class Spans:
     repair: str = REPAIR
     keep: int = 0
     _chunks: dict[tuple[int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
-    _indexes: dict[tuple[int, ...], NDArray[np.int64]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _objects(self) -> Chunks:
+        return Chunks(self.store, self.path, self.repair)
 
     @property
     def array(self) -> Array:
@@ -78,26 +131,7 @@ class Spans:
         axis = 1 if array.ragged else 0
         n_chunk = array.shards[axis] // array.chunks[axis]
         index = (*(unit,) * axis, chunk // n_chunk, *(0,) * (len(array.dims) - axis - 1))
-        path = self.store.path / self.store.object_key(self.path, index)
-        target = into.reshape(-1).view(np.uint8)
-        try:
-            with open(path, "rb") as file:
-                if index not in self._indexes:
-                    if len(self._indexes) >= _INDEXES:
-                        self._indexes.clear()
-                    self._indexes[index] = _read_index(file, n_chunk)
-                offset, length = self._indexes[index][chunk % n_chunk].tolist()
-                if offset < 0:
-                    raise ValueError("it was never written")
-                if self.store.schema.compression == "none":
-                    _read(file, target, offset)
-                else:
-                    packed = np.empty(length - 4, np.uint8)
-                    _read(file, packed, offset)
-                    decompress(packed, target)
-        except (OSError, ValueError, RuntimeError) as error:
-            where = f"{path} cannot be read at chunk {chunk % n_chunk}"
-            raise CorruptStore(f"{where}: {error}. {self.repair}") from error
+        self._objects.read(index, chunk % n_chunk, into)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What was remembered stays behind."""

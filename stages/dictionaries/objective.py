@@ -243,4 +243,5 @@ def _regression(x: Tensor, y: Tensor) -> Tensor:
     """The matrix [d_out, d_in] of the least squares of y on x, with a thousandth of each variance of x as a ridge."""
     squares, products = (x.T @ x).cpu().double(), (x.T @ y).cpu().double()
     ridge = torch.diag(1e-3 * squares.diagonal().clamp_min(1e-9 * squares.diagonal().mean()))
-    return torch.linalg.solve(squares + ridge, products).T.to(x)
+    solved: Tensor = torch.linalg.solve(squares + ridge, products)
+    return solved.T.to(x)

@@ -358,7 +358,7 @@ def test_the_threshold_of_batchtopk_is_the_running_mean_of_the_weakest_that_fire
     for n in range(30):
         part = x[n * 20 : (n + 1) * 20] * state.scales[0]
         weakest.append(float(advance(state, part, part, 1e-2, 10_000, settings).smallest))
-    shares = 0.99 ** np.arange(29, -1, -1)
+    shares = 0.9 ** np.arange(29, -1, -1)
     assert state.threshold == pytest.approx(float(shares @ weakest / shares.sum()), rel=1e-6)
     assert len(set(weakest)) == 30
 
