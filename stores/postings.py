@@ -288,7 +288,7 @@ def _extremes(
     found[1, some] = values[edges[some + 1] - 1 - edges[0]]
     for i in {0, len(edges) - 2}:
         feature = first_feature + block.start + i
-        if False:
+        if ptr[feature + 1] - ptr[feature] > edges[i + 1] - edges[i]:
             spans = [(run, int(run.ptr[feature]), int(run.ptr[feature + 1])) for run in runs]
             keys = [run.key[[a, b - 1]] for run, a, b in spans if a < b]
             found[:, i] = values_of(np.array([min(k[0] for k in keys), max(k[1] for k in keys)], np.uint32))

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 import forebay
 import forebay.stages.accessors  # registers run.batches
 from forebay.stages.models.errors import HookError
-from forebay.stores import chunks
 from forebay.stores.batches import Batches
 from forebay.stores.dtypes import bfloat16_to_float32
 from forebay.stores.errors import CorruptStore, IncompleteStore, SchemaError, StoreNotFound
@@ -192,7 +191,6 @@ def test_chunks_come_in_random_order_where_the_buffer_holds_one(run: Path) -> No
 
 
 ORDER = """
-from forebay.stores import chunks
 from forebay.stores.batches import Batches
 import sys
 batches = Batches(run=sys.argv[1], hooks="ln_final.hook_scale", batch=13, seed=5, epochs=3, buffer_tokens=60)
@@ -301,15 +299,6 @@ def test_compressed_stores_give_the_same(run: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"hooks": RESID.format(11), "batch": 16, "dtype": "stored"}
     for one, other in zip(Batches(run=tmp_path, **settings), Batches(run=run, **settings), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_more_objects_than_are_remembered_are_read_by_all_threads_at_once(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunks, "_INDEXES", 1)
-    settings: dict[str, Any] = {"hooks": RESID.format(11), "batch": 1000, "skip_positions": 0, "dtype": "stored"}
-    for rows in Batches(run=run, epochs=40, **settings):
-        assert sorted(map(bytes, rows)) == sorted(map(bytes, KEPT["hook_resid_post/value"][1]))
 
 
 # ── resources ────────────────────────────────────────────────────────────────────────────────────────────────────────
