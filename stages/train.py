@@ -22,16 +22,17 @@ class Training:
     `sparsity` · (L0 / k − 1)², with gradients through windows of `bandwidth` (Rajamanoharan et al. 2024).
 
     One of `epochs`, `tokens` and `n_batch` says how long (default: one epoch); `batch` is in tokens. Adam, with
-    `learning_rate` (default: 2e-4 · √(2¹⁴ / n_feature), as in Gao et al. 2024) reached after the share `warmup` of the
-    steps and led to 0 over the last share `decay`. `dtype` is what large products are computed in; weights, errors and
-    Adam's state are float32. `seed` decides the first weights and the order of the tokens, of which `buffer_tokens` are
-    mixed at a time; the first `skip_positions` of every sequence are left out.
+    `learning_rate` (default: 2e-4 · √(2¹⁴ / n_feature), which falls as Gao et al. 2024 found best) reached after the
+    share `warmup` of the steps and led to 0 over the last share `decay`. `dtype` is what large products are computed
+    in; weights, errors and Adam's state are float32. `seed` decides the first weights and the order of the tokens, of
+    which `buffer_tokens` are mixed at a time; the first `skip_positions` of every sequence are left out.
 
-    `normalize` scales activations to a mean norm of √d while training; the dictionary that comes out is for activations
-    as they are. Decoder rows have length 1. Features that have not fired for `dead_after` tokens are trained on what
-    the others leave over, the `k_aux` strongest of a token (default: half the width), with weight `aux_coefficient`
-    (AuxK, Gao et al. 2024). The share `validation` of the documents is held out, to evaluate on at the end. Every
-    `log_every` steps metrics are recorded, every `checkpoint_every` a checkpoint from which a killed training goes on.
+    `normalize` scales activations to a mean norm of √d while training, which makes settings fit all models; the
+    dictionary that comes out is for activations as they are. Decoder rows have length 1. Features that have not fired
+    for `dead_after` tokens are trained on what the others leave over, the `k_aux` strongest of a token (default: half
+    the width), with weight `aux_coefficient` (AuxK, Gao et al. 2024). The share `validation` of the documents is held
+    out, to evaluate on at the end. Every `log_every` steps metrics are recorded, every `checkpoint_every` a checkpoint
+    from which a killed training goes on.
     """
 
     hook: str
@@ -40,7 +41,7 @@ class Training:
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     k: int = 32
     sparsity: float = 1.0
-    bandwidth: float = 0.05
+    bandwidth: float = 0.5
     epochs: int | None = None
     tokens: int | None = None
     n_batch: int | None = None

@@ -18,7 +18,8 @@ Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
 LONG = 2**22
 """Longer lists of postings are not read whole to find a few tokens in them; the rows of these tokens are."""
-_COARSE_BITS = 20
+COARSE_BITS = 20
+"""Bits of a token's number that are looked at before the rest."""
 
 Ints = NDArray[np.int64]
 
@@ -62,7 +63,7 @@ def values_at(rows: FeatureRows, index: FeatureIndex, feature: int, tokens: Ints
     if index.ptr[feature + 1] - index.ptr[feature] > LONG:
         return _values_in_rows(rows, feature, tokens)
     listed, values = index.postings(feature)
-    coarse = max(0, rows.store.schema.n_token.bit_length() - _COARSE_BITS)
+    coarse = max(0, rows.store.schema.n_token.bit_length() - COARSE_BITS)
     near = np.zeros((rows.store.schema.n_token >> coarse) + 1, bool)
     near[tokens >> coarse] = True
     likely = np.flatnonzero(near.take(listed >> coarse))

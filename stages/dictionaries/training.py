@@ -151,12 +151,13 @@ def _remember(folder: Path, training: Training, batches: "Batches") -> None:
     free = ("log_every", "checkpoint_every")
     said = {"training": {k: v for k, v in asdict(training).items() if k not in free}, "source": batches.about()}
     path = folder / SETTINGS
-    if path.exists():
-        lines = differences(said, read_json(path))
+    if (folder / CHECKPOINT).exists() or (folder / "cfg.json").exists():
+        lines = differences(said, read_json(path)) if path.exists() else ["it says none"]
         if lines:
-            raise DictionaryError(f"{folder} has a training with other settings: {'; '.join(lines)}. Give a new folder")
-        return
-    if folder.exists() and any(folder.iterdir()):
+            raise DictionaryError(
+                f"{folder} has a dictionary of other settings: {'; '.join(lines)}. Give a new folder, or delete it"
+            )
+    elif folder.exists() and {file.name for file in folder.iterdir()} - {SETTINGS, METRICS}:
         raise DictionaryError(f"{folder} is there already, and holds no training; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(said, indent=1).encode())
@@ -283,8 +284,13 @@ class Evaluation:
 
 def evaluate(dictionary: Dictionary, batches: "Batches") -> Evaluation:
     """Measure a dictionary, as it is saved and on its device, on `Batches` of its hook point, or of what it reads and
-    what it writes. Sums are float64.
+    what it writes. Sums are float64. DictionaryError for batches of more or fewer hook points.
     """
+    if len(batches.names) != (1 if dictionary.hook == dictionary.hook_out else 2):
+        raise DictionaryError(
+            f"{dictionary.provenance.source} reads {dictionary.hook} and writes {dictionary.hook_out}; the batches are "
+            f"of {', '.join(batches.names)}"
+        )
     n, error, square = 0, 0.0, 0.0
     fired = torch.zeros(dictionary.n_feature, dtype=torch.int64)
     total = torch.zeros(dictionary.d_out, dtype=torch.float64)

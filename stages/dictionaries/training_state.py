@@ -88,7 +88,7 @@ def advance(state: State, x: Tensor, y: Tensor, rate: float, dead_after: int, ho
     if not bool(torch.isfinite(coded.loss)):
         raise DictionaryError(
             f"the loss is {float(coded.loss.detach())} at step {state.step + 1:,}, at learning rate {rate:.3g}. Lower "
-            "learning_rate, or lengthen warmup, and train into a new folder; activations that are not finite do it, too"
+            "learning_rate, or lengthen warmup, and train anew; activations that are not finite do it, too"
         )
     coded.loss.backward()
     W_dec = state.weights["W_dec"]

@@ -462,6 +462,8 @@ def test_the_evaluation_is_that_of_all_rows_at_once(known: Known, tmp_path: Path
     assert found.fvu == pytest.approx((left**2).sum() / ((wide - wide.mean(0)) ** 2).sum(), rel=1e-5)
     assert found.l0 == pytest.approx(float((fires > 0).sum()) / len(x))
     assert found.dead == pytest.approx(float((fires == 0).all(0).double().mean()))
+    with pytest.raises(DictionaryError, match=f"the batches are of {RESID}, {MLP_OUT}"):
+        evaluate(dictionary, Batches(run=known.run, hooks=(RESID, MLP_OUT)))
 
 
 def test_documents_that_are_held_out_are_not_trained_on(known: Known) -> None:
@@ -504,6 +506,14 @@ def test_a_loss_that_is_not_finite_ends_it_and_says_where(known: Known, tmp_path
     state = load_state(tmp_path / "out/checkpoint.safetensors", torch.device("cpu"))
     assert state.step == heard[-1].step >= 1
     assert all(math.isfinite(one.loss) for one in heard)
+
+
+def test_what_failed_before_a_checkpoint_may_be_trained_anew_in_the_same_folder(known: Known, tmp_path: Path) -> None:
+    with pytest.raises(DictionaryError, match="train anew"):
+        train(spec(learning_rate=1e25, log_every=1), known.run, tmp_path / "out", device="cpu")
+    train(spec(), known.run, tmp_path / "out", device="cpu")
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
 
 
 # ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────

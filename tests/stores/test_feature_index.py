@@ -78,20 +78,20 @@ def assert_index_of(index: FeatureIndex, sparse: Sparse, skip_positions: int) ->
     np.testing.assert_allclose(read["square_sum"], squares.reindex(features, fill_value=0), rtol=1e-12)
     for feature in features:
         values = table["value"][table["feature"] == feature].to_numpy(np.float64)
-        low, high = min(0, *values, 0), max(0, *values, 0)
-        counts, _ = (
-            np.histogram(values, bins=BINS, range=(low, high)) if low < high else (np.eye(BINS)[0] * len(values), 0)
-        )
-        # numpy may put a value that lies on an edge, as computed, into the other of two neighbouring bins
-        assert read["histogram"][feature].sum() == len(values)
-        assert np.abs(np.cumsum(read["histogram"][feature].astype(int) - counts)).max() <= on_edges(values, low, high)
+        assert_histogram(read["histogram"][feature], values)
     starts = np.cumsum([0, *sparse.lengths])
     assert index.n_token == sum(max(0, b - a - skip_positions) for a, b in itertools.pairwise(starts))
 
 
-def on_edges(values: np.ndarray[Any, Any], low: float, high: float) -> int:
+def assert_histogram(counts: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> None:
+    """Every value in its bin; one that lies on an edge between two, as far as can be computed, in either."""
+    low, high = min(0, *values, 0), max(0, *values, 0)
     place = (values - low) / (high - low or 1) * BINS
-    return int((np.abs(place - np.round(place)) < 1e-9).sum())
+    surely, maybe = (np.clip(np.floor(place + beside), 0, BINS - 1)[:, None] for beside in (1e-9, -1e-9))
+    below = np.cumsum(counts.astype(int))
+    assert below[-1] == len(values)
+    assert ((surely <= np.arange(BINS)).sum(axis=0) <= below).all()
+    assert (below <= (maybe <= np.arange(BINS)).sum(axis=0)).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -131,6 +131,24 @@ def test_keys_are_in_the_opposite_order_of_values_and_give_them_back(values: lis
     np.testing.assert_array_equal(array[np.argsort(keys, kind="stable")], np.sort(array)[::-1])
     np.testing.assert_array_equal(values_of(keys), array)
     assert keys_of(np.float32([-0.0])) == keys_of(np.float32([0.0]))
+
+
+@pytest.mark.parametrize("n_feature", [1, 2, 2**20 - 1, 2**20, 2**20 + 1])
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_run_is_sorted_whether_or_not_it_fits_64_bits(n_feature: int, more: int) -> None:
+    n_token = min(postings.tokens_that_fit(n_feature), 2**12) + more
+    chance = np.random.default_rng(n_token)
+    token = np.sort(chance.choice(np.arange(n_token, dtype=np.uint32), 5000))
+    token[-1] = n_token - 1
+    feature = chance.choice([0, n_feature // 2, n_feature - 1], 5000).astype(np.int32)
+    value = chance.choice(np.float32([-3e38, -1, 0, 0.5, 3e38]), 5000)
+    left_out = chance.random(n_token) < 0.1
+    run = postings.sorted_run(7, n_feature, feature, token, keys_of(value), left_out)
+    kept = ~left_out[token]
+    order = np.lexsort([token[kept], -value[kept].astype(float), feature[kept]])
+    np.testing.assert_array_equal(run.token, token[kept][order])
+    np.testing.assert_array_equal(values_of(run.key), value[kept][order])
+    np.testing.assert_array_equal(np.diff(run.ptr), np.bincount(feature[kept], minlength=n_feature))
 
 
 def test_zeros_of_both_signs_are_one_value(tmp_path: Path) -> None:
@@ -294,6 +312,18 @@ def test_a_damaged_index_is_refused_and_built_anew(store: Store, name: str, how:
         _ = [index.postings(feature) for feature in range(37)] + [index.variable("max").to_numpy()]
     assert_index_of(built(store), SPARSE, skip_positions=1)
     assert every_file(index.store.path.parent) == whole
+
+
+def test_an_index_that_was_damaged_before_its_building_was_cleared_away_is_built_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records of what was merged are still there, and no longer true."""
+    with monkeypatch.context() as killed:
+        killed.setattr(Build, "_clear", lambda build: None)
+        path = built(store).store.path
+    assert (path.parent / "work" / "plan.json").exists()
+    damaged(path / "token" / "c" / "1", "another bit")
+    assert_index_of(built(store), SPARSE, skip_positions=1)
 
 
 def test_an_index_whose_description_is_damaged_is_built_anew(store: Store) -> None:

@@ -265,12 +265,13 @@ def window_of(token: int, before: int, after: int) -> list[int]:
     return [t if 0 <= t < N_TOKEN and LABELS["sequence"][t] == own else -1 for t in around]
 
 
-@pytest.mark.parametrize("source", ["postings", "rows"])
+@pytest.mark.parametrize("source", ["postings", "many postings", "rows"])
 @pytest.mark.parametrize("window", [0, 3, (2, 5), (40, 1)])
 def test_top_contexts_are_the_strongest_tokens_and_what_stands_around(
     features: Features, sparse: Sparse, monkeypatch: pytest.MonkeyPatch, source: str, window: int | tuple[int, int]
 ) -> None:
     monkeypatch.setattr(contexts, "LONG", 0 if source == "rows" else 2**22)
+    monkeypatch.setattr(contexts, "COARSE_BITS", 4 if source == "many postings" else 20)
     before, after = (window, window) if isinstance(window, int) else window
     table = postings_of(sparse, 1)
     for feature in (0, int(table["feature"].value_counts().index[0]), 17):
