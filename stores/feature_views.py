@@ -38,7 +38,7 @@ def chosen(rows: Rows, n_feature: int, features: NDArray[np.int64]) -> Chosen:
     place[features] = np.arange(len(features))
     column = place.take(rows.feature)
     own = np.flatnonzero(column >= 0)
-    row = np.repeat(np.arange(len(rows.count)), rows.count)[own]
+    row = np.searchsorted(np.cumsum(rows.count), own, side="right")
     return Chosen(row, column[own], rows.value[own])
 
 

@@ -15,8 +15,10 @@ from .objective import Coded, Settings, first_weights, forward, unit_rows, witho
 
 BETAS, EPSILON = (0.9, 0.999), 6.25e-10
 """Of Adam (Gao et al. 2024, A.2)."""
-LOG_THRESHOLD, THRESHOLD_SPEED = "log_threshold", 10.0
-"""JumpReLU's thresholds are learned as logarithms, which have further to go than weights: so much faster."""
+SPEEDS = {"W_enc": 1.0, "W_dec": 1.0, "b_enc": 0.15, "b_dec": 0.15, "log_threshold": 10.0}
+"""Factors of the learning rate. Biases are slow: a residual stream's few massive dimensions set its scale, and a step
+that is small beside them is large beside the rest. JumpReLU's thresholds are logarithms, which have far to go.
+"""
 MEMORY = 0.9
 """How much of BatchTopK's running threshold is kept at each step: a batch's own is nearly exact, and it moves."""
 
@@ -59,13 +61,7 @@ def _scale(x: Tensor) -> float:
 
 
 def _adam(weights: dict[str, Tensor]) -> torch.optim.Adam:
-    """Of weights in their order, JumpReLU's thresholds in a group of their own."""
-    for weight in weights.values():
-        weight.requires_grad_()
-    groups = [
-        {"params": [weight for name, weight in weights.items() if name != LOG_THRESHOLD], "speed": 1.0},
-        {"params": [weight for name, weight in weights.items() if name == LOG_THRESHOLD], "speed": THRESHOLD_SPEED},
-    ]
+    groups = [{"params": [weight.requires_grad_()], "speed": SPEEDS[name]} for name, weight in weights.items()]
     fused = weights["W_enc"].device.type in ("cpu", "cuda")
     return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=fused)
 
@@ -123,8 +119,9 @@ def load_state(path: Path, on: torch.device) -> State:
     # Copies, for products of a matrix that lies elsewhere in memory may differ in the last bit.
     tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
     of_adam = {name: value for name, value in tensors.items() if name.startswith("adam.")}
-    names = sorted((name for name in tensors if name.startswith("weights.")), key=lambda name: LOG_THRESHOLD in name)
-    weights = {name.removeprefix("weights."): tensors[name].to(on) for name in names}
+    weights = {
+        name.removeprefix("weights."): value.to(on) for name, value in tensors.items() if name.startswith("weights.")
+    }
     adam = _adam(weights)
     if of_adam:
         parts = ("exp_avg", "exp_avg_sq", "step")
