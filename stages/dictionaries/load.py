@@ -29,7 +29,8 @@ def load_dictionary(
     The format is told by the names of the files unless `format` says it (a key of `forebay.stages.dictionaries.formats.
     FORMATS`). `hook` and `hook_out` take the place of what the format says about where the dictionary reads and writes,
     or does not say. Weights come on `device` in `dtype`, a name or torch's (thresholds always float32); a set of
-    transcoders of many layers is opened lazily, whatever its size. Nothing is unpickled but tensors, and no code of a repository runs.
+    transcoders of many layers is opened lazily, whatever its size. Nothing is unpickled but tensors, and no code of a
+    repository runs.
 
     Raises DictionaryError for what is not there, is damaged, is of no known format, or could not be reproduced exactly.
     """
