@@ -107,9 +107,12 @@ def built(source: Store, group: str) -> Store | None:
 
 @dataclass(frozen=True)
 class FeatureIndex:
-    """A finished index. Picklable; arrays are opened when they are first read."""
+    """A finished index. Picklable; arrays are opened when they are first read. `made` is when it was finished, in
+    nanoseconds, for an index may be built anew where this one lay.
+    """
 
     store: Store
+    made: int
 
     @classmethod
     def open(cls, source: Store, group: str) -> FeatureIndex:
@@ -134,7 +137,12 @@ class FeatureIndex:
             raise FingerprintMismatch(
                 f"the index of {group!r} in {found.path.parent} is not of these features: it says {wrong}. {how} again"
             )
-        return cls(found)
+        return cls(found, _made(found))
+
+    @property
+    def current(self) -> bool:
+        """Whether this is still the index that lies there."""
+        return _made(self.store) == self.made
 
     @property
     def skip_positions(self) -> int:
@@ -171,4 +179,12 @@ class FeatureIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open arrays stay behind."""
-        return FeatureIndex, (self.store,)
+        return FeatureIndex, (self.store, self.made)
+
+
+def _made(store: Store) -> int:
+    """When the record of an index was put; 0 if there is none."""
+    try:
+        return store.ledger.path(0).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

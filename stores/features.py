@@ -69,10 +69,13 @@ class Features:
         """What the store tells of the dictionary: its source, hook, activation, and so on."""
         return self.by_token.attrs
 
-    @cached_property
+    @property
     def index(self) -> FeatureIndex:
-        """The feature-major index."""
-        return FeatureIndex.open(self.by_token.store, self.name)
+        """The feature-major index, opened again if it was built anew."""
+        known: FeatureIndex | None = self.__dict__.get("_index")
+        if known is None or not known.current:
+            known = self.__dict__["_index"] = FeatureIndex.open(self.by_token.store, self.name)
+        return known
 
     def __repr__(self) -> str:
         n_token = self.by_token.store.schema.n_token

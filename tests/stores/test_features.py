@@ -426,6 +426,17 @@ def test_what_needs_no_index_works_without(tmp_path: Path) -> None:
             question()
 
 
+def test_an_index_that_is_built_anew_is_opened_again(runs: Path, tmp_path: Path) -> None:
+    """Else places in the old one would be looked up in the new one."""
+    shutil.copytree(runs / "ragged", tmp_path / "run")
+    features = open_run(tmp_path / "run").features("sae")  # type: ignore[operator]
+    before = features.top_contexts(0, n=99)
+    Build(features.by_token, 4, Geometry(run=50, chunk=8, shard=64)).run()
+    after = features.top_contexts(0, n=99)
+    assert before["position"].min() < 4 <= after["position"].min()
+    np.testing.assert_array_equal(after["value"], before["value"][before["position"] >= 4])
+
+
 def test_an_index_of_other_features_is_refused(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "features-sae"
     shutil.copytree(runs / "ragged" / "features-sae" / "index", folder / "index")
