@@ -177,9 +177,10 @@ class Features:
         `token`, `sequence`, `position` and `document` as coordinates to select by.
         """
         (one,) = self._known(feature).tolist()
-        token, value = self.index.postings(one)
+        index = self.index
+        token, value = index.postings(one)
         order = np.argsort(token)
-        attrs = {**self.attrs, "feature": one, "skip_positions": self.index.skip_positions}
+        attrs = {**self.attrs, "feature": one, "skip_positions": index.skip_positions}
         coords = self.by_token.labels(token[order], "token")
         return xr.DataArray(value[order], dims="token", coords=coords, name="value", attrs=attrs)
 
@@ -210,8 +211,8 @@ class Features:
                 f"{self.by_token.store.path.parent.parent} has no tokens, or no tokenizer.json, to make text of; "
                 "ask with text=False"
             )
-        offsets = np.arange(-before, after + 1)
-        found = top_contexts(self.by_token, self.index, wanted, n, offsets)
+        index, offsets = self.index, np.arange(-before, after + 1)
+        found = top_contexts(self.by_token, index, wanted, n, offsets)
         tokens = found.pop("window")
         if self.tokens is not None:
             found["token_id"] = token_ids_at(self._token_ids, tokens)
@@ -224,7 +225,7 @@ class Features:
         }
         labels = {name: columns.pop(name) for name in ("token", *LEVELS)}
         feature = wanted if np.ndim(features) else wanted[0]
-        attrs = {**self.attrs, "skip_positions": self.index.skip_positions}
+        attrs = {**self.attrs, "skip_positions": index.skip_positions}
         return xr.Dataset(columns, coords={"feature": feature, "offset": offsets, **labels}, attrs=attrs)
 
     @cached_property
