@@ -117,7 +117,7 @@ def test_a_name_that_is_not_to_be_trained_is_refused(make_recipe: MakeRecipe, tm
 
 def test_other_settings_do_not_overwrite_a_dictionary(make_recipe: MakeRecipe, finished: Path) -> None:
     changed = {**TABLES, "train": {"sae": {**TRAIN, "k": 6}}}
-    with pytest.raises(DictionaryError, match=r"has a training with other settings: training.k: 6 here, 5"):
+    with pytest.raises(DictionaryError, match=r"has a dictionary of other settings: training.k: 6 here, 5"):
         forebay.run(make_recipe(**changed), finished)
 
 
