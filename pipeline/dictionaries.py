@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
 
 from ..stages.encode import TRAINED
 from ..stores.errors import ForebayError, RecipeError, SchemaError, nearest
+from ..stores.store import Store
 from ..stores.tree import run_stores
 from .exit_codes import COMPLETE, INTERRUPTED
 from .plan import default_folder, resolve_device
@@ -16,19 +16,28 @@ from .progress import Progress
 from .recipe import Recipe
 from .stopping import Stopped, stop_on_signals
 
-if TYPE_CHECKING:
-    from ..stores.store import Store
-
 
 def index_features(folder: Path, progress: Progress, stop: Event) -> bool:
     """Builds the indexes of the features in a step's folder that are not there. Whether all are: False if `stop` was
     set before the end; what was done then is not lost.
     """
     from ..stores.feature_rows import groups_of
-    from ..stores.store import Store
 
     source = Store.open(folder)
     return all(_is_indexed(source, one) or _built(folder, one, progress, stop) for one in groups_of(source))
+
+
+def are_indexed(folder: Path) -> bool:
+    """Whether all the features in a step's folder have their indexes."""
+    from ..stores.feature_rows import groups_of
+
+    source = Store.open(folder)
+    return all(_is_indexed(source, one) for one in groups_of(source))
+
+
+def is_trained(folder: Path, name: str) -> bool:
+    """Whether the dictionary of [train.NAME] is in a run's folder, whole."""
+    return (folder / TRAINED / name / "cfg.json").exists()
 
 
 def _is_indexed(source: Store, group: str) -> bool:

@@ -25,7 +25,7 @@ from ..stores.grid import Unit
 from ..stores.ledger import Record
 from ..stores.store import Store
 from ..stores.writer import UnitWriter
-from .dictionaries import index_features, train_in_run
+from .dictionaries import are_indexed, index_features, is_trained, train_in_run
 from .exit_codes import COMPLETE, FAILED, INTERRUPTED
 from .plan import Plan, Source, Step, default_folder, load_plan, make_plan, resolve_device
 from .progress import Progress, Quiet
@@ -91,13 +91,15 @@ def run(
             plan = make_plan(recipe, where, resolve_device(device), counted)
         except Stopped:
             return Outcome(where, (), True)
+        plan.check_space()
         plan.save()
         steps = run_steps(plan, (), progress, stop)
         whole = not stop.is_set() and not any(step.failed for step in steps)
         if whole and all(train_in_run(recipe, where, name, plan.device, progress, stop) for name in recipe.training):
             plan = make_plan(recipe, where, plan.device) if plan.waiting else plan
+            plan.check_space()
             steps += run_steps(plan, steps, progress, stop)
-        interrupted = stop.is_set() and (bool(plan.waiting) or any(step.todo() for step in plan.steps))
+        interrupted = stop.is_set() and not is_complete(plan)
     return Outcome(plan.folder, tuple(steps), interrupted)
 
 
@@ -105,7 +107,6 @@ def run_steps(plan: Plan, before: Sequence[StepOutcome], progress: Progress, sto
     """The steps of a plan in order, but for those that ran before, up to the first one that fails. Features are indexed
     when all of them are there.
     """
-    plan.check_space()
     ran, steps = {step.name for step in before}, list[StepOutcome]()
     for step in plan.steps:
         if step.stage.store in ran:
@@ -113,9 +114,20 @@ def run_steps(plan: Plan, before: Sequence[StepOutcome], progress: Progress, sto
         steps.append(run_step(plan, step, progress, stop))
         if steps[-1].failed or stop.is_set():
             break
-        if isinstance(step.stage, Encode):
-            index_features(step.folder, progress, stop)
+        if isinstance(step.stage, Encode) and not index_features(step.folder, progress, stop):
+            break
     return steps
+
+
+def is_complete(plan: Plan) -> bool:
+    """Whether nothing of a plan is left to do: units, dictionaries, indexes."""
+    features = [step.folder for step in plan.steps if isinstance(step.stage, Encode)]
+    return (
+        not plan.waiting
+        and not any(step.todo() for step in plan.steps)
+        and all(is_trained(plan.folder, name) for name in plan.recipe.training)
+        and all(map(are_indexed, features))
+    )
 
 
 def run_unit(folder: str | Path, step: str, index: int, device: str = "auto") -> Record:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,7 +18,7 @@ from ..stores.schema import LABELS, Array, Schema, along_sequence, along_token, 
 from .models.points import BLOCK, STATE, HookPoint, dims_of, expand
 from .models.spec import ModelSpec
 from .sequences import Batch, batches_of, sequences_per_unit, sequences_span
-from .stage import Apply, Stage
+from .stage import Apply, Stage, product_numerics
 from .storing import Dtype, cast, on_host, square_sum
 from .tokenize import ModelSource
 
@@ -101,14 +100,7 @@ class Capture(Stage):
         return tuple(self.model.open().files)
 
     def numerics(self, device: str) -> dict[str, Any]:
-        """What changes the last bits of a matrix product: torch's version, the kind of device, and on a CPU the number
-        of threads among which it is divided.
-        """
-        import torch
-
-        kind = device.split(":")[0]
-        threads = {"threads": self.threads or torch.get_num_threads()} if kind == "cpu" else {}
-        return {"torch": metadata.version("torch"), "device": kind, **threads}
+        return product_numerics(device, self.threads)
 
     def points(self, spec: ModelSpec) -> dict[str, tuple[HookPoint, ...]]:
         """The hook points asked for, by kind, in the order of firing.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 from ..stores.errors import SchemaError, nearest
 from ..stores.grid import Unit
 from ..stores.schema import LABELS, Array, Schema, along_token, along_unit, unit_tokens_for
 from .models.points import HookPoint
 from .sequences import batches_of, sequences_span
-from .stage import Apply, Stage
+from .stage import Apply, Stage, product_numerics
 from .storing import Dtype
 from .tokenize import ModelSource
 
@@ -146,9 +148,8 @@ class Encode(Stage):
         """As the activations are cut; behind the forward, tokens of which 64 features a token make a shard."""
         if not self.fused:
             return source.unit_tokens
-        starts = source.labels["sequences/start"][1]
-        ends = [*starts[1:], source.n_token]
-        return unit_tokens_for(64 * 4, int(max(end - start for start, end in zip(starts, ends, strict=True))))
+        lengths = np.diff(source.labels["sequences/start"][1], append=source.n_token)
+        return unit_tokens_for(64 * 4, int(lengths.max()))
 
     def _arrays(self, site: Site, n_token: int, unit_tokens: int) -> dict[str, Array]:
         if site.rank is not None:
@@ -165,9 +166,8 @@ class Encode(Stage):
         }
 
     def _check_captured(self, site: Site, source: Schema) -> None:
-        point = HookPoint.parse(site.hook)
         held = captured_points(source)
-        if str(point) not in held:
+        if site.hook not in held:
             raise SchemaError(
                 f"encode.{self.name}: {site.source} reads {site.hook}, which was not captured."
                 f"{nearest(site.hook, held)} Add it to capture.hooks, or set encode.{self.name}.fused = true to encode "
@@ -179,15 +179,13 @@ class Encode(Stage):
         return (*dictionaries, *(self.model.open().files if self.fused else ()))
 
     def identity(self) -> dict[str, Any]:
-        return {"sites": [[site.group, site.hook, site.hook_out] for site in self.sites]}
+        """Which dictionary fills which group from where; of one on the hub, of which not every file is here, by its
+        commit.
+        """
+        return {"sites": [[site.group, site.hook, site.hook_out, site.revision] for site in self.sites]}
 
     def numerics(self, device: str) -> dict[str, Any]:
-        """What changes the last bits of a matrix product, as for a capture."""
-        import torch
-
-        kind = device.split(":")[0]
-        threads = {"threads": self.threads or torch.get_num_threads()} if kind == "cpu" else {}
-        return {"torch": metadata.version("torch"), "device": kind, **threads}
+        return product_numerics(device, self.threads)
 
     def about(self) -> dict[str, Any]:
         return {
@@ -269,9 +267,7 @@ def _check_width(name: str, site: Site, point: HookPoint, sizes: Mapping[str, in
                 f"encode.{name}: {site.source} reads head {site.head} of {site.hook}, which has none such"
             )
         widths = widths[1:]
-    width = 1
-    for one in widths:
-        width *= one
+    width = math.prod(widths)
     if width != site.d_in:
         raise SchemaError(
             f"encode.{name}: {site.source} reads vectors of width {site.d_in}; {site.hook} of this model is {width} "

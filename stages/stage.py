@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,17 @@ Apply = Callable[["xr.Dataset", Unit], Iterator["xr.DataTree"]]
 Pure: equal blocks give equal pieces. A piece holds rows of `unit` only, and says which by an integer coordinate along
 `token` (or `sequence`); node names and variables are the schema's. A run may stop between two pieces.
 """
+
+
+def product_numerics(device: str, threads: int | None) -> dict[str, Any]:
+    """What changes the last bits of a matrix product: torch's version, the kind of device, and on a CPU the number of
+    threads among which it is divided, by default torch's own.
+    """
+    import torch
+
+    kind = device.split(":")[0]
+    divided = {"threads": threads or torch.get_num_threads()} if kind == "cpu" else {}
+    return {"torch": metadata.version("torch"), "device": kind, **divided}
 
 
 class Stage(ABC):

@@ -1,7 +1,7 @@
 """`save_dictionary`: a dictionary in the format of another library."""
 
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 
 from .dictionary import Dictionary
@@ -24,10 +24,10 @@ def save_dictionary(dictionary: Dictionary | TranscoderSet, folder: str | Path, 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DictionaryError(f"{path} is there already; give a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.mkdir()
     try:
         writers[format](dictionary, aside)
-        aside.chmod(0o755)
         if path.exists():
             path.rmdir()
         aside.rename(path)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..models.points import HookPoint
+from .activation import Activation
 from .dictionary import Dictionary, Encoder
 from .errors import DictionaryError
 from .load import load_dictionary
@@ -38,9 +40,25 @@ class Site:
         """The files whose bytes determine the dictionary."""
         return self.loaded.provenance.files
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of a dictionary on the hub; None for one on this machine."""
+        return self.loaded.provenance.revision
+
     def load(self, device: str, dtype: torch.dtype) -> Encoder:
-        """The encoder on a device, in a dtype; with its decoder where it is not one of a set."""
-        encoder = self.loaded if isinstance(self.loaded, Dictionary) else self.loaded.encoder(self.layer or 0)
+        """The encoder on a device, in a dtype; with its decoder where it is not one of a set.
+
+        DictionaryError for a layer of a set whose activation function is another one than the first layer has.
+        """
+        if isinstance(self.loaded, Dictionary):
+            return self.loaded.to(device, dtype)
+        encoder = self.loaded.encoder(self.layer or 0)
+        found = (encoder.activation.kind, encoder.activation.k if encoder.activation.counted else None)
+        if found != (self.kind, self.rank):
+            raise DictionaryError(
+                f"{self.source}: layer {self.layer} is {found[0]} with k = {found[1]}, the first one {self.kind} with "
+                f"k = {self.rank}; encode them in tables of their own, with `layers`"
+            )
         return encoder.to(device, dtype)
 
     def about(self) -> dict[str, Any]:
@@ -49,7 +67,7 @@ class Site:
         return {
             "source": self.source,
             "format": provenance.format,
-            "revision": provenance.revision,
+            "revision": self.revision,
             "model": provenance.model,
             "hook": self.hook,
             "hook_out": self.hook_out,
@@ -81,7 +99,9 @@ def open_sites(
     for group, source in many.items():
         loaded = load_dictionary(source, revision=revision, format=format, hook=hook, hook_out=hook_out)
         if isinstance(loaded, TranscoderSet):
-            sites += [_layer_site(group, source, loaded, layer) for layer in _chosen(loaded, layers)]
+            chosen = _chosen(loaded, layers)
+            activation = loaded.encoder(chosen[0]).activation  # read once: it is a whole encoder
+            sites += [_layer_site(group, source, loaded, layer, activation) for layer in chosen]
         elif layers is not None:
             raise DictionaryError(f"{source} is one dictionary, not a set of layers: leave out layers = {list(layers)}")
         else:
@@ -104,8 +124,8 @@ def _site(group: str, source: str, loaded: Dictionary) -> Site:
     return Site(
         group=group,
         source=source,
-        hook=loaded.hook,
-        hook_out=loaded.hook_out,
+        hook=_canonical(loaded.hook),
+        hook_out=_canonical(loaded.hook_out),
         head=loaded.head,
         layer=None,
         d_in=loaded.d_in,
@@ -116,17 +136,22 @@ def _site(group: str, source: str, loaded: Dictionary) -> Site:
     )
 
 
-def _layer_site(group: str, source: str, loaded: TranscoderSet, layer: int) -> Site:
+def _layer_site(group: str, source: str, loaded: TranscoderSet, layer: int, activation: Activation) -> Site:
     return Site(
         group=f"{group}/layer_{layer}",
         source=source,
-        hook=loaded.hooks_in[layer],
-        hook_out=loaded.hooks_out[layer],
+        hook=_canonical(loaded.hooks_in[layer]),
+        hook_out=_canonical(loaded.hooks_out[layer]),
         head=None,
         layer=layer,
         d_in=loaded.d_in,
         n_feature=loaded.n_features[layer],
-        rank=loaded.activation.k if loaded.activation.counted else None,
-        kind=loaded.activation.kind,
+        rank=activation.k if activation.counted else None,
+        kind=activation.kind,
         loaded=loaded,
     )
+
+
+def _canonical(hook: str) -> str:
+    """The one name of a hook point, which may go by aliases. HookError for what is none."""
+    return str(HookPoint.parse(hook))

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .activation import Activation, Sparse
+from .activation import Sparse
 from .dictionary import Dictionary, Encoder, Provenance
 from .errors import DictionaryError
 
@@ -63,11 +63,6 @@ class TranscoderSet:
     provenance: Provenance
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-
-    @property
-    def activation(self) -> Activation:
-        """The activation function of layer 0, read from its encoder; all layers have the same kind and k."""
-        return self.encoder(0).activation
 
     @property
     def n_layers(self) -> int:

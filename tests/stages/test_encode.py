@@ -40,19 +40,21 @@ class Weights:
         return centred @ self.tensors["W_enc"] + self.tensors["b_enc"]
 
 
-def write(folder: Path, architecture: str, *, hook: str = HOOK, d_in: int = WIDTH, scale: float = 1.0) -> Weights:
-    """A random autoencoder in SAELens' format, of its own seed for each hook."""
+def write(
+    folder: Path, architecture: str, *, hook: str = HOOK, hook_out: str | None = None, d_in: int = WIDTH
+) -> Weights:
+    """A random autoencoder, or transcoder to `hook_out`, in SAELens' format, of its own seed for each hook."""
     rng = np.random.default_rng([FEATURES, *map(ord, hook)])
     tensors = {
         "W_enc": rng.normal(size=(d_in, FEATURES)) / d_in**0.5,
-        "b_enc": rng.normal(size=FEATURES) * 0.3 * scale,
+        "b_enc": rng.normal(size=FEATURES) * 0.3,
         "W_dec": rng.normal(size=(FEATURES, d_in)) / FEATURES**0.5,
-        "b_dec": rng.normal(size=d_in) * scale,
+        "b_dec": rng.normal(size=d_in),
     }
     if architecture == "jumprelu":
-        tensors["threshold"] = rng.uniform(0.2, 1.5, size=FEATURES) * scale
+        tensors["threshold"] = rng.uniform(0.2, 1.5, size=FEATURES)
     tensors = {name: value.astype(np.float32) for name, value in tensors.items()}
-    said = {"k": K} if architecture == "topk" else {}
+    said = {"topk": {"k": K}, "transcoder": {"d_out": d_in, "apply_b_dec_to_input": False}}.get(architecture, {})
     folder.mkdir()
     config = {
         "architecture": architecture,
@@ -63,7 +65,7 @@ def write(folder: Path, architecture: str, *, hook: str = HOOK, d_in: int = WIDT
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if "hook_z" in hook else "none",
-        "metadata": {"hook_name": hook, "sae_lens_version": "6.54.12"},
+        "metadata": {"hook_name": hook, "hook_name_out": hook_out, "sae_lens_version": "6.54.12"},
         **said,
     }
     (folder / "cfg.json").write_text(json.dumps(config))
@@ -187,6 +189,56 @@ def test_several_dictionaries_share_a_pass_and_each_has_its_group(encoded: Encod
     assert_close(dense(folder, "two", "two/one"), expected(first, "topk", activations(folder)))
     heads = activations(folder, "attn.hook_z", 2)
     assert_close(dense(folder, "two", "two/other"), expected(second, "jumprelu", heads))
+
+
+def write_clt(folder: Path, layers: int = 3) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """A cross-layer transcoder in circuit-tracer's format: encoder [feature, width] and its bias, layer by layer."""
+    rng = np.random.default_rng(7)
+    folder.mkdir()
+    hooks = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+    (folder / "config.yaml").write_text(f"model_name: tiny\nmodel_kind: cross_layer_transcoder\n{hooks}")
+    found = []
+    for layer in range(layers):
+        W_enc = (rng.normal(size=(FEATURES, WIDTH)) / WIDTH**0.5).astype(np.float32)
+        b_enc = rng.normal(size=FEATURES).astype(np.float32)
+        W_dec = rng.normal(size=(FEATURES, layers - layer, WIDTH)).astype(np.float32)
+        encoder = {f"W_enc_{layer}": W_enc, f"b_enc_{layer}": b_enc, f"b_dec_{layer}": np.zeros(WIDTH, np.float32)}
+        save_file(encoder, folder / f"W_enc_{layer}.safetensors")
+        save_file({f"W_dec_{layer}": W_dec}, folder / f"W_dec_{layer}.safetensors")
+        found.append((W_enc.astype(np.float64), b_enc.astype(np.float64)))
+    return found
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["stored", "fused"])
+def test_a_cross_layer_transcoder_fills_a_group_a_layer(encoded: Encoded, tmp_path: Path, fused: bool) -> None:
+    weights = write_clt(tmp_path / "clt")
+    table = {"dictionary": str(tmp_path / "clt"), "unit_tokens": 48, "fused": fused}
+    some = {**table, "layers": [2, 0]}
+    folder = encoded("run", {"clt": table, "some": some}, capture={"hooks": ["blocks.*.hook_resid_mid"]})
+    for layer, (W_enc, b_enc) in enumerate(weights):
+        due = np.maximum(activations(folder, "hook_resid_mid", layer) @ W_enc.T + b_enc, 0)
+        assert_close(dense(folder, "clt", f"clt/layer_{layer}"), due)
+        if layer != 1:
+            assert_close(dense(folder, "some", f"some/layer_{layer}"), due)
+    assert set(Store.open(folder / "features-some").header.provenance["dictionaries"]) == {
+        "some/layer_2",
+        "some/layer_0",
+    }
+    assert forebay.open_run(folder).features("clt/layer_2").hook == "blocks.2.hook_resid_mid"
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["stored", "fused"])
+def test_a_transcoder_is_measured_against_what_it_predicts(encoded: Encoded, tmp_path: Path, fused: bool) -> None:
+    weights = write(tmp_path / "plt", "transcoder", hook="blocks.1.hook_resid_mid", hook_out="blocks.1.hook_mlp_out")
+    capture = {"hooks": ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]}
+    table = {"dictionary": str(weights.folder), "fit_every": 1, "skip_positions": 0, "fused": fused}
+    folder = encoded("run", {"plt": table}, capture=capture)
+    x, y = activations(folder, "hook_resid_mid"), activations(folder, "hook_mlp_out")
+    features = np.maximum(x @ weights.tensors["W_enc"] + weights.tensors["b_enc"], 0)
+    assert_close(dense(folder, "plt"), features)
+    decoded = features @ weights.tensors["W_dec"] + weights.tensors["b_dec"]
+    fit = forebay.dictionary_fit(folder / "features-plt").sel(dictionary="plt")
+    assert float(fit["fvu"]) == pytest.approx(((decoded - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("store_dtype", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-11)])
