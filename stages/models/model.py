@@ -55,7 +55,8 @@ class Model:
         return tokenizer_of(self.checkpoint.vocabulary())
 
     @cached_property
-    def _has_tokenizer(self) -> bool:
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be given in place of token ids."""
         try:
             return self.tokenizer is not None
         except ModelError:
@@ -178,7 +179,7 @@ class Model:
         Raises as `forward` does, and ModelError where prompt and continuation would exceed the context, all before
         anything is computed.
         """
-        batch = self._prompts(prompts)
+        batch = self.to_batch(prompts)
         stops = self._stops(stops)
         found: list[list[int]] = [[] for _ in batch.lengths]
         for step in self.stream(
@@ -209,7 +210,7 @@ class Model:
         stop token included, and None for those that have ended."""
         return stream(
             self,
-            self._prompts(prompts),
+            self.to_batch(prompts),
             max_new_tokens=max_new_tokens,
             hooks=hooks or EMPTY,
             sampling=sampling,
@@ -218,7 +219,8 @@ class Model:
             recurrence=recurrence,
         )
 
-    def _prompts(self, prompts: str | Sequence[str] | TokenIds) -> Batch:
+    def to_batch(self, prompts: str | Sequence[str] | TokenIds) -> Batch:
+        """Give texts or token ids as the batch that a forward runs on. Raises ModelError as `forward` does."""
         if isinstance(prompts, str):
             return make_batch(self.tokenizer.to_tokens(prompts), self.spec, self.device)
         if not isinstance(prompts, Tensor) and len(prompts) and all(isinstance(prompt, str) for prompt in prompts):
@@ -228,11 +230,11 @@ class Model:
     def _stops(self, stops: Sequence[int] | None) -> Sequence[int]:
         if stops is not None:
             return stops
-        return self.tokenizer.vocabulary.stops if self._has_tokenizer else ()
+        return self.tokenizer.vocabulary.stops if self.has_tokenizer else ()
 
     def _continuation(self, prompt: Tensor, ids: list[int], stops: Sequence[int]) -> Continuation:
         stopped_by = ids.pop() if ids and ids[-1] in stops else None
-        text = self.tokenizer.to_string(ids, continues=True) if self._has_tokenizer else None
+        text = self.tokenizer.to_string(ids, continues=True) if self.has_tokenizer else None
         token_ids = torch.tensor(ids, dtype=torch.int64)
         return Continuation(prompt=prompt.cpu(), token_ids=token_ids, stopped_by=stopped_by, text=text)
 
