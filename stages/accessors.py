@@ -1,5 +1,5 @@
-"""What a run's tree can do beside holding data: `run.batches(…)`, `run.features(…)`. Importing this module registers
-both with xarray.
+"""What a run's tree can do beside holding data: `run.batches(…)`, `run.features(…)`, `run.to_str_tokens(…)`. Importing
+this module registers them with xarray.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
+from numpy.typing import NDArray
 
 from ..stores.batches import Batches
 from ..stores.errors import SchemaError, nearest
@@ -90,6 +91,23 @@ class FeaturesAccessor:
 
     def __repr__(self) -> str:
         return f"features of {self._run}: {', '.join(self.names) or 'none'}"
+
+
+@xr.register_datatree_accessor("to_str_tokens")  # type: ignore[no-untyped-call]
+class StrTokensAccessor:
+    """`run.to_str_tokens([504, 3575])`: the text of each token, by the tokenizer that the run keeps; without the model.
+
+    Raises SchemaError for a run that keeps none.
+    """
+
+    def __init__(self, tree: xr.DataTree) -> None:
+        self._tree = tree
+
+    def __call__(self, token_ids: Sequence[int] | NDArray[Any]) -> list[str]:
+        source = self._tree.encoding.get("source")
+        if source is None or not (path := Path(source) / "tokenizer.json").exists():
+            raise SchemaError("token ids become text by a run's tokenizer.json, and this tree has none")
+        return Decoder(path)([[int(one)] for one in token_ids])
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import forebay.stages.plots as plot
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
     from forebay.stages.analyze.decoder_projection import (
@@ -79,6 +80,7 @@ _HOMES = {
     "save_dictionary": "forebay.stages.dictionaries.save",
     "score_features_by_decoder_projection": "forebay.stages.analyze.decoder_projection",
 }
+_MODULES = {"plot": "forebay.stages.plots"}
 _OPENING = ("open_run", "open_store")
 """They give trees, which have `run.features(…)` and `run.batches(…)` once those are registered with xarray."""
 
@@ -121,6 +123,7 @@ __all__ = [
     "open_run",
     "open_store",
     "plan",
+    "plot",
     "run",
     "save_dictionary",
     "score_features_by_decoder_projection",
@@ -129,6 +132,8 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return import_module(_MODULES[name])
         if name not in _HOMES:
             raise AttributeError(f"module 'forebay' has no attribute {name!r}; it has {', '.join(__all__)}")
         if name in _OPENING:
