@@ -98,6 +98,24 @@ class StopAt(Quiet):
             self.done = 10**9
 
 
+def test_a_run_stopped_while_it_indexes_says_that_it_is_not_done(
+    make_recipe: MakeRecipe, finished: Path, tmp_path: Path
+) -> None:
+    recipe, folder = make_recipe("again", **TABLES), tmp_path / "again"
+    assert forebay.run(recipe, folder, progress=StopAt("index of sae", 0)).code == 75
+    assert forebay.run(recipe, folder).code == 0
+    assert files(folder) == files(finished)
+
+
+def test_a_recipe_that_only_trains_is_not_done_when_it_is_stopped(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recipe = make_recipe(**{key: table for key, table in TABLES.items() if key != "encode"})
+    assert forebay.run(recipe, folder, progress=StopAt("train.sae", 6)).code == 75
+    assert not (folder / "dictionaries" / "sae" / "cfg.json").exists()
+    assert forebay.run(recipe, folder).code == 0
+    assert (folder / "dictionaries" / "sae" / "cfg.json").exists()
+
+
 def test_training_alone_makes_the_dictionary_of_a_finished_capture(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert forebay.run(make_recipe(capture=TABLES["capture"]), folder).code == 0
