@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from forebay.stages.analyze.intervention_effect import intervention_effect
     from forebay.stages.analyze.logit_lens import logit_lens
     from forebay.stages.analyze.loss_recovered import loss_recovered
+    from forebay.stages.analyze.metrics import Divergence, Logit, LogitDifference, LogProbability, Probability
+    from forebay.stages.analyze.moments import moments
+    from forebay.stages.analyze.tokens import as_run
     from forebay.stages.dictionaries.dictionary import Dictionary
     from forebay.stages.dictionaries.interventions import Clamp, Inject, Splice, Suppress
     from forebay.stages.dictionaries.load import load_dictionary
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention
     from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
     from forebay.stages.models.load import load_model
+    from forebay.stages.models.masks import causal_mask, visible_keys
     from forebay.stages.models.points import HookPoint
     from forebay.stages.models.recurrence import Feedback, Recurrence
     from forebay.stages.models.sampling import Sampling
@@ -45,6 +49,7 @@ _HOMES = {
     "AttributionGraph": "forebay.stages.analyze.decoder_projection",
     "Clamp": "forebay.stages.dictionaries.interventions",
     "Dictionary": "forebay.stages.dictionaries.dictionary",
+    "Divergence": "forebay.stages.analyze.metrics",
     "FeatureId": "forebay.stages.dictionaries.transcoders",
     "Feedback": "forebay.stages.models.recurrence",
     "HookPoint": "forebay.stages.models.points",
@@ -52,6 +57,10 @@ _HOMES = {
     "Inject": "forebay.stages.dictionaries.interventions",
     "Knockout": "forebay.stages.models.edges",
     "KnockoutSpec": "forebay.stages.models.edges",
+    "LogProbability": "forebay.stages.analyze.metrics",
+    "Logit": "forebay.stages.analyze.metrics",
+    "LogitDifference": "forebay.stages.analyze.metrics",
+    "Probability": "forebay.stages.analyze.metrics",
     "Recurrence": "forebay.stages.models.recurrence",
     "Replace": "forebay.stages.models.interventions",
     "Sampling": "forebay.stages.models.sampling",
@@ -63,8 +72,10 @@ _HOMES = {
     "Suppress": "forebay.stages.dictionaries.interventions",
     "TranscoderSet": "forebay.stages.dictionaries.transcoders",
     "Zero": "forebay.stages.models.interventions",
+    "as_run": "forebay.stages.analyze.tokens",
     "build_attribution_graph": "forebay.stages.analyze.decoder_projection",
     "build_attribution_graphs": "forebay.stages.analyze.decoder_projection",
+    "causal_mask": "forebay.stages.models.masks",
     "check_compatibility": "forebay.stages.models.source",
     "dictionary_fit": "forebay.stages.analyze.dictionary_fit",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
@@ -73,12 +84,14 @@ _HOMES = {
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
     "loss_recovered": "forebay.stages.analyze.loss_recovered",
+    "moments": "forebay.stages.analyze.moments",
     "open_run": "forebay.stores.tree",
     "open_store": "forebay.stores.tree",
     "plan": "forebay.pipeline.plan",
     "run": "forebay.pipeline.run",
     "save_dictionary": "forebay.stages.dictionaries.save",
     "score_features_by_decoder_projection": "forebay.stages.analyze.decoder_projection",
+    "visible_keys": "forebay.stages.models.masks",
 }
 _MODULES = {"plot": "forebay.stages.plots"}
 _OPENING = ("open_run", "open_store")
@@ -92,6 +105,7 @@ __all__ = [
     "AttributionGraph",
     "Clamp",
     "Dictionary",
+    "Divergence",
     "FeatureId",
     "Feedback",
     "HookPoint",
@@ -99,6 +113,10 @@ __all__ = [
     "Inject",
     "Knockout",
     "KnockoutSpec",
+    "LogProbability",
+    "Logit",
+    "LogitDifference",
+    "Probability",
     "Recurrence",
     "Replace",
     "Sampling",
@@ -110,8 +128,10 @@ __all__ = [
     "Suppress",
     "TranscoderSet",
     "Zero",
+    "as_run",
     "build_attribution_graph",
     "build_attribution_graphs",
+    "causal_mask",
     "check_compatibility",
     "dictionary_fit",
     "intervention_effect",
@@ -120,6 +140,7 @@ __all__ = [
     "load_unembedding",
     "logit_lens",
     "loss_recovered",
+    "moments",
     "open_run",
     "open_store",
     "plan",
@@ -127,6 +148,7 @@ __all__ = [
     "run",
     "save_dictionary",
     "score_features_by_decoder_projection",
+    "visible_keys",
 ]
 
 if not TYPE_CHECKING:

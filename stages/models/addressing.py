@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import HookError, nearest
+from .masks import causal_mask
 from .points import HookPoint
 from .spec import ModelSpec
 
@@ -66,9 +67,7 @@ class Site:
 
     def hidden(self, device: torch.device) -> Tensor:
         """Give the edges that the mask hides, boolean [query, key]: keys after the query or out of its window."""
-        positions = torch.arange(max(self.lengths), device=device)
-        back = positions[:, None] - positions
-        return back < 0 if self.window is None else (back < 0) | (back >= self.window)
+        return ~causal_mask(max(self.lengths), self.window, device=device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -43,15 +43,6 @@ class Sight:
         return torch.zeros_like(self.visible, dtype=scores_BHQS.dtype).masked_fill_(~self.visible, -torch.inf)
 
 
-def visible_keys(positions_bQ: Tensor, n_keys: int, window: int | None) -> Tensor:
-    """Which of the keys at positions 0 to n_keys − 1 a query may look at: itself and those before it, of these the last
-    `window`. Boolean [b, 1, Q, S]."""
-    keys_S = torch.arange(n_keys, device=positions_bQ.device)
-    distance_bQS = positions_bQ[..., None] - keys_S
-    seen = distance_bQS >= 0 if window is None else (distance_bQS >= 0) & (distance_bQS < window)
-    return seen[:, None]
-
-
 def scale_of(spec: ModelSpec, layer: int) -> float:
     """What the products of queries and keys are multiplied by."""
     scale: float = spec.d_head**-0.5 if spec.attn_scale is None else spec.attn_scale

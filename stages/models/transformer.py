@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .attention import Sight, attention, visible_keys
+from .attention import Sight, attention
 from .blocks import Blocks, Past, Run
 from .cache import KeyValueCache, LayerCache
 from .errors import ModelError
+from .masks import visible_keys
 from .parts import block, mlp
 from .rope import LENGTH_DEPENDENT, Rotation, frequencies_of, rotation
 from .rwkv.states import RecurrentStates
@@ -51,10 +52,10 @@ class TransformerBlocks(Blocks):
         turns = None if spec.rope is None else self._rotation(spec.rope, positions_bT, lengths)
         local = turns if spec.sliding_rope is None else self._rotation(spec.sliding_rope, positions_bT, lengths)
         reach = positions_bT.shape[1] if n_keys is None else n_keys
-        visible = None if n_keys is None else visible_keys(positions_bT, reach, None)
+        visible = None if n_keys is None else visible_keys(positions_bT, reach)[:, None]
         near = visible
         if spec.window is not None and reach > spec.window:
-            near = visible_keys(positions_bT, reach, spec.window)
+            near = visible_keys(positions_bT, reach, spec.window)[:, None]
         return Sight(turns, visible), Sight(local, near)
 
     def _rotation(self, rope: RopeSpec, positions_bT: Tensor, lengths: Sequence[int]) -> Rotation:
