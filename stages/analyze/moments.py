@@ -1,13 +1,14 @@
 """Mean and covariance of activations in one pass over a store, in bounded memory: what PCA, probes and ablations need.
 
 Blocks are centred on their own means, in float64, and merged in pairs (Chan, Golub and LeVeque 1983, "Algorithms for
-computing the sample variance"), so that nothing cancels however far the mean lies from 0.
+computing the sample variance"), so that nothing cancels however far the mean lies from 0. `reduce_tokens` is such a
+pass for any numbers that two blocks can merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import dask.array as da
@@ -15,7 +16,6 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ...stores.errors import SchemaError
 from .tokens import counted, vectors
 
 ROWS_AT_ONCE = 4096
@@ -42,76 +42,91 @@ def moments(
 
     SchemaError for what is no such node or mask.
     """
-    value = vectors(activations, "a mean")
-    width = str(value.dims[-1])
-    counts = counted(activations, skip_positions)
-    if where is not None:
-        counts = counts & _mask(where, value.sizes["token"])
-    kept = [dim for dim in value.dims if dim not in ("token", width)]
-    rows = value.reset_coords(drop=True).transpose(*kept, "token", width)
-    packed = _packed(rows, counts)
-    both = {f"{width}_2": activations[width].data} if width in activations.coords else {}
-    coords = {dim: activations[dim].reset_coords(drop=True) for dim in (*kept, width) if dim in activations.coords}
+    rows = token_rows(activations, "a mean")
+    return labelled_moments(rows, counted(activations, skip_positions, where), ddof)
+
+
+def labelled_moments(rows: xr.DataArray, counts: xr.DataArray, ddof: int = 1) -> xr.Dataset:
+    """What `moments` gives, of rows [..., token, width] as `token_rows` gives them, of which `counts` boolean [token]
+    says which count.
+    """
+    *kept, _, width = map(str, rows.dims)
+    size = rows.sizes[width] + 1
+    packed = reduce_tokens(packed_moments, merged_moments, rows, (counts,), shape=(size, size))
+    both = {f"{width}_2": rows[width].values} if width in rows.coords else {}
     n, mean, scatter = packed[..., 0, 0], packed[..., 0, 1:], packed[..., 1:, 1:]
-    divisor = (
-        np.where(n > ddof, n - ddof, np.nan) if isinstance(n, np.ndarray) else da.where(n > ddof, n - ddof, np.nan)
-    )
-    return xr.Dataset(
+    xp = np if isinstance(packed, np.ndarray) else da
+    divisor = xp.where(n > ddof, n - ddof, np.nan)[..., None, None]
+    found = xr.Dataset(
         {
-            "n_token": (kept, n.astype(np.int64)),
-            "mean": ((*kept, width), mean),
-            "covariance": ((*kept, width, f"{width}_2"), scatter / divisor[..., None, None]),
-        },
-        coords={**coords, **{name: (name, data) for name, data in both.items()}},
+            "n_token": (kept, n.astype(np.int64), {"units": "tokens", "long_name": "tokens counted"}),
+            "mean": ((*kept, width), mean, {"long_name": "mean"}),
+            "covariance": ((*kept, width, f"{width}_2"), scatter / divisor, {"long_name": "covariance"}),
+        }
     )
+    return found.assign_coords(rows.coords).assign_coords({name: (name, values) for name, values in both.items()})
 
 
-def _mask(where: xr.DataArray, n_token: int) -> xr.DataArray:
-    if where.dims != ("token",) or where.sizes["token"] != n_token or where.dtype != bool:
-        raise SchemaError(
-            f"`where` must be boolean [token] of the {n_token:,} tokens given, not {where.dtype} "
-            f"[{', '.join(f'{dim}={size}' for dim, size in where.sizes.items())}]"
-        )
-    return where.reset_coords(drop=True)
+def token_rows(activations: xr.Dataset, what: str) -> xr.DataArray:
+    """The vectors of a node as rows [..., token, width] with the coordinates of every dimension but `token`. `what`
+    names the analysis in the SchemaError for a node without them.
+    """
+    value = vectors(activations, what)
+    along = [name for name, coord in value.coords.items() if "token" in coord.dims]
+    return value.drop_vars(along).transpose(..., "token", value.dims[-1])
 
 
-def _packed(rows: xr.DataArray, counts: xr.DataArray) -> Any:
-    """Moments [..., 1 + width, 1 + width] of rows [..., token, width]: numpy's, or dask's where the rows are lazy."""
-    size = rows.sizes[rows.dims[-1]] + 1
+def reduce_tokens(
+    block: Callable[..., Packed],
+    merge: Callable[[Packed, Packed], Packed],
+    rows: xr.DataArray,
+    per_token: Sequence[xr.DataArray] = (),
+    per_entry: Sequence[Any] = (),
+    *,
+    shape: tuple[int, int],
+) -> Any:
+    """One pass over tokens: [..., *shape] float64, numpy's or, where the rows are lazy, dask's.
+
+    `rows` [..., token, width]; `per_token` variables [token] and `per_entry` arrays [..., a, b], which belong to an
+    entry of the leading dimensions, are handed on to `block(rows, *per_token, *per_entry)`, which gives [..., *shape]
+    of some of the tokens; `merge` puts two of these together, whatever tokens they cover, in their order. Memory: a
+    chunk a thread, and at most MERGED_AT_ONCE results a thread that merges.
+    """
     if rows.chunks is None:
-        return packed_moments(rows.values, counts.values)
+        return block(rows.values, *(one.values for one in per_token), *per_entry)
     lazy = rows.data.rechunk({rows.ndim - 1: -1})
-    lead, tokens = lazy.chunks[:-2], lazy.chunks[-2]
-    mask = da.asarray(counts.data).rechunk((tokens,))
-    index = tuple(range(lazy.ndim))
+    axis, lead, tokens = lazy.ndim - 2, lazy.chunks[:-2], lazy.chunks[-2]
+    index, out = tuple(range(lazy.ndim)), tuple(range(lazy.ndim, lazy.ndim + 2))
+    arguments: list[Any] = [lazy, index]
+    for one in per_token:
+        arguments += [da.asarray(one.data).rechunk((tokens,)), (axis,)]
+    for place, entry in enumerate(per_entry):
+        own = (out[-1] + 2 * place + 1, out[-1] + 2 * place + 2)
+        arguments += [da.asarray(entry).rechunk((*lead, -1, -1)), (*index[:axis], *own)]
     blocks = da.blockwise(
-        _packed_block,
-        (*index, lazy.ndim),
-        lazy,
-        index,
-        mask,
-        (lazy.ndim - 2,),
-        new_axes={lazy.ndim: size},
-        adjust_chunks={lazy.ndim - 2: 1, lazy.ndim - 1: size},
+        partial(_block, block),
+        (*index[: axis + 1], *out),
+        *arguments,
+        new_axes=dict(zip(out, shape, strict=True)),
+        adjust_chunks={axis: 1},
         dtype=np.float64,
         meta=np.empty((0,) * (lazy.ndim + 1)),
         concatenate=True,
     )
-    axis = len(lead)
     while blocks.numblocks[axis] > 1:
         together = blocks.rechunk({axis: MERGED_AT_ONCE})
-        merged = (*lead, (1,) * together.numblocks[axis], (size,), (size,))
-        blocks = together.map_blocks(_merge_block, axis=axis, chunks=merged, dtype=np.float64)
+        chunks = (*lead, (1,) * together.numblocks[axis], (shape[0],), (shape[1],))
+        blocks = together.map_blocks(_merge_block, axis=axis, merge=merge, chunks=chunks, dtype=np.float64)
     return blocks[(*(slice(None),) * axis, 0)]
 
 
-def _packed_block(rows: NDArray[Any], counts: NDArray[np.bool_]) -> Packed:
-    return packed_moments(rows, counts)[..., None, :, :]
+def _block(block: Callable[..., Packed], rows: NDArray[Any], *others: Any) -> Packed:
+    return block(rows, *others)[..., None, :, :]
 
 
-def _merge_block(blocks: Packed, axis: int) -> Packed:
+def _merge_block(blocks: Packed, axis: int, merge: Callable[[Packed, Packed], Packed]) -> Packed:
     parts = [np.take(blocks, i, axis) for i in range(blocks.shape[axis])]
-    return np.expand_dims(reduce(merged_moments, parts), axis)
+    return np.expand_dims(reduce(merge, parts), axis)
 
 
 def packed_moments(rows: NDArray[Any], counts: NDArray[np.bool_] | None = None) -> Packed:

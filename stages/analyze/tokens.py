@@ -44,7 +44,8 @@ def as_run(forward: Forward) -> xr.DataTree:
         value = labelled[kind].sel(layer=own) if own else labelled[kind]
         lead = value.dims[: bool(own)]
         if value.dims[len(lead) :][:2] != PER_TOKEN:
-            nodes[f"/activations/{kind}"] = value.to_dataset(name="value")
+            own_document = ("sequence", np.arange(len(forward.lengths)))
+            nodes[f"/activations/{kind}"] = value.to_dataset(name="value").assign_coords(document=own_document)
             continue
         held = value.values[:, real] if own else value.values[real]
         dims = (*lead, "token", *value.dims[len(lead) + 2 :])
@@ -75,18 +76,29 @@ def needs(activations: xr.Dataset, coords: Iterable[str], what: str) -> None:
         raise SchemaError(f"{what} needs the coordinates {missing} on `token`; open the store with open_run")
 
 
-def counted(activations: xr.Dataset, skip_positions: int = 1) -> xr.DataArray:
+def counted(activations: xr.Dataset, skip_positions: int = 1, where: xr.DataArray | None = None) -> xr.DataArray:
     """Which tokens count: boolean [token], those from position `skip_positions` of their sequence on whose unit is
-    recorded (`done`, in a tree opened with `partial=True`). The first position holds massive activations that swamp
-    every statistic. Lazy, chunked as `value`, where `value` is.
+    recorded (`done`, in a tree opened with `partial=True`), narrowed by `where` boolean [token]. The first position
+    holds massive activations that swamp every statistic. Lazy, chunked as `value`, where `value` is.
 
-    SchemaError for a `skip_positions` below 0, and without the coordinate `position`.
+    SchemaError for a `skip_positions` below 0, without the coordinate `position`, and for a `where` of other tokens.
     """
     if skip_positions < 0:
         raise SchemaError(f"skip_positions = {skip_positions}: at least 0")
     needs(activations, ["position"], "skipping positions")
     counts = label(activations, "position") >= skip_positions
-    return counts & label(activations, "done") if "done" in activations.coords else counts
+    if "done" in activations.coords:
+        counts = counts & label(activations, "done")
+    return counts if where is None else counts & _mask(where, activations.sizes["token"])
+
+
+def _mask(where: xr.DataArray, n_token: int) -> xr.DataArray:
+    if where.dims != ("token",) or where.sizes["token"] != n_token or where.dtype != bool:
+        raise SchemaError(
+            f"`where` must be boolean [token] of the {n_token:,} tokens given, not {where.dtype} "
+            f"[{', '.join(f'{dim}={size}' for dim, size in where.sizes.items())}]"
+        )
+    return xr.DataArray(where.data, dims="token")
 
 
 def label(activations: xr.Dataset, name: str) -> xr.DataArray:
@@ -97,11 +109,11 @@ def label(activations: xr.Dataset, name: str) -> xr.DataArray:
     chunks = activations["value"].chunksizes.get("token") if "value" in activations else None
     if chunks is None or coord.chunks is not None:
         return xr.DataArray(coord.data, dims="token")
-    held = activations[[name]]
+    held = activations[name]
 
     def read(block_info: Any = None) -> NDArray[Any]:
         ((start, stop),) = block_info[None]["array-location"]
-        return np.asarray(held.isel(token=slice(start, stop))[name].values)
+        return np.asarray(held.isel(token=slice(start, stop)).values)
 
     dtype = coord.dtype
     return xr.DataArray(da.map_blocks(read, chunks=(chunks,), dtype=dtype, meta=np.empty(0, dtype)), dims="token")

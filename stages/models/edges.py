@@ -63,13 +63,9 @@ class SteerAttention(NamedIntervention):
     def bind(self, site: Site) -> Intervention:
         _check_point(site, PATTERN)
         targets = _Targets.of(site, self.edges, self.where, seen_only=True)
-        if self.scale is not None and self.weight is None:
-            rule, amount = _scaled, _amount(self.scale, "scale")
-        elif self.weight is not None and self.scale is None:
-            rule, amount = _weighed, _amount(self.weight, "weight")
+        rule, amount = _scaled if self.weight is None else _weighed, self.amount()
+        if self.weight is not None:
             _check_total(float(amount.detach()), targets)
-        else:
-            raise HookError("give scale=… or weight=…, one of the two")
 
         def apply(pattern: Tensor, point: HookPoint) -> Tensor:
             chosen = targets.mask(pattern.device)
@@ -77,6 +73,15 @@ class SteerAttention(NamedIntervention):
             return torch.where(chosen.any(-1, keepdim=True), steered, pattern)
 
         return apply
+
+    def amount(self) -> Tensor:
+        """The scale or the weight, a tensor of one float32 number. Raises HookError for none or both of them, and for
+        what is no such number."""
+        if self.scale is not None and self.weight is None:
+            return _amount(self.scale, "scale")
+        if self.weight is not None and self.scale is None:
+            return _amount(self.weight, "weight")
+        raise HookError("give scale=… or weight=…, one of the two")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,27 +97,95 @@ class KnockoutSpec:
     def hooks(self, model_spec: ModelSpec) -> HookSpec:
         """Give the knockout at each of its layers; `HookSpec.extend` joins it to another. Raises HookError for layers
         or heads that the model does not have, for edges that are none, and for a model without attention."""
-        _check_attends(model_spec)
-        _pairs(self.edges)
-        knockout = Knockout(self.edges) if self.heads is None else Knockout(self.edges).at(head=self.heads)
-        _chosen(self.heads, "head", model_spec.n_heads)
-        hooks = HookSpec()
-        for layer in _chosen(self.layers, "layer", model_spec.n_layers):
-            hooks = hooks.intervene(HookPoint(SCORES, layer), knockout)
-        return hooks
+        return _in_layers(SCORES, Knockout(self.edges), self.edges, self.layers, self.heads, model_spec)
 
     def mask(self, model_spec: ModelSpec, n_positions: int) -> Tensor:
         """Give the edges that are cut in a sequence of `n_positions` tokens, boolean [layer, head, query, key].
 
         Raises HookError for layers, heads and positions that are not there, and for a model without attention.
         """
-        _check_attends(model_spec)
-        layers = _chosen(self.layers, "layer", model_spec.n_layers)
-        heads = _chosen(self.heads, "head", model_spec.n_heads)
-        cut = _filled(_resolved(self.edges, (n_positions,), (0,))[n_positions], n_positions)
-        mask = torch.zeros(model_spec.n_layers, model_spec.n_heads, n_positions, n_positions, dtype=torch.bool)
-        mask[torch.tensor(layers)[:, None], torch.tensor(heads)] = cut
-        return mask
+        return _mask(self.edges, self.layers, self.heads, model_spec, n_positions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteeringSpec:
+    """Edges to steer in some layers and heads, by one of `scale` and `weight` (see `SteerAttention`): layers and heads
+    are numbers (negative ones count from the end), lists, ranges, slices, or None for all of them. Nothing is checked
+    before it meets a model. Source: candle-mi's SteeringSpec, which leaves the layers to its caller; its knockouts are
+    `KnockoutSpec`."""
+
+    edges: Iterable[Edge]
+    layers: "Index | None" = None
+    heads: "Index | None" = None
+    scale: float | Tensor | None = None
+    weight: float | Tensor | None = None
+
+    def hooks(self, model_spec: ModelSpec) -> HookSpec:
+        """Give the steering at each of its layers; `HookSpec.extend` joins it to another. Raises HookError for layers
+        or heads that the model does not have, for edges that are none, for none or both of `scale` and `weight`, and
+        for a model without attention; what depends on the sequences, such as their lengths, a forward refuses."""
+        steering = SteerAttention(self.edges, scale=self.scale, weight=self.weight)
+        steering.amount()
+        return _in_layers(PATTERN, steering, self.edges, self.layers, self.heads, model_spec)
+
+    def mask(self, model_spec: ModelSpec, n_positions: int) -> Tensor:
+        """Give the edges that are steered in a sequence of `n_positions` tokens, boolean [layer, head, query, key];
+        what lies outside the window of a layer is not.
+
+        Raises HookError for layers, heads and positions that are not there, and for a model without attention.
+        """
+        mask = _mask(self.edges, self.layers, self.heads, model_spec, n_positions)
+        positions = torch.arange(n_positions)
+        far = positions[:, None] - positions >= (n_positions if model_spec.window is None else model_spec.window)
+        slides = torch.tensor([model_spec.slides(layer) for layer in range(model_spec.n_layers)])
+        return mask & ~(slides[:, None, None, None] & far)
+
+    def is_prompt_only(self, prompt_length: int) -> bool:
+        """Whether every query that is steered stays within the first `prompt_length` positions, however long the text
+        grows: whether generation can go on without steering any token that is new. Ends that count from the end of the
+        sequence move with it and do not; keys lie before their queries."""
+        return all(_stays_within(query, prompt_length) for query, _ in _pairs(self.edges))
+
+
+def _in_layers(
+    kind: str,
+    intervention: NamedIntervention,
+    edges: Iterable[Edge],
+    layers: "Index | None",
+    heads: "Index | None",
+    model_spec: ModelSpec,
+) -> HookSpec:
+    """Give an intervention on edges at a kind of point in some layers, in some heads there."""
+    _check_attends(model_spec)
+    _pairs(edges)
+    _chosen(heads, "head", model_spec.n_heads)
+    hooks = HookSpec()
+    for layer in _chosen(layers, "layer", model_spec.n_layers):
+        narrowed = intervention if heads is None else intervention.at(head=heads)
+        hooks = hooks.intervene(HookPoint(kind, layer), narrowed)
+    return hooks
+
+
+def _mask(
+    edges: Iterable[Edge], layers: "Index | None", heads: "Index | None", model_spec: ModelSpec, n_positions: int
+) -> Tensor:
+    """Mark edges, boolean [layer, head, query, key]."""
+    _check_attends(model_spec)
+    chosen = torch.tensor(_chosen(layers, "layer", model_spec.n_layers))
+    mask = torch.zeros(model_spec.n_layers, model_spec.n_heads, n_positions, n_positions, dtype=torch.bool)
+    marked = _filled(_resolved(edges, (n_positions,), (0,))[n_positions], n_positions)
+    mask[chosen[:, None], torch.tensor(_chosen(heads, "head", model_spec.n_heads))] = marked
+    return mask
+
+
+def _stays_within(query: "Index | None", n_positions: int) -> bool:
+    if query is None:
+        return False
+    if isinstance(query, slice):
+        start, stop = query.start or 0, query.stop
+        return stop is not None and start >= 0 and 0 <= stop <= n_positions and (query.step or 1) > 0
+    numbers = [int(number) for number in torch.as_tensor(query).reshape(-1)]
+    return all(0 <= number < n_positions for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def test_the_strongest_tokens_are_those_of_transformers_norm_and_head(
     assert lens["top_token_id"].dims == lens["top_probability"].dims == ("layer", "token", "rank")
     assert lens["top_token_id"].dtype == np.int32
     assert lens["layer"].values.tolist() == [0, 1, 2]
-    assert not any(lens[name].attrs for name in lens.data_vars)
+    assert all(set(lens[name].attrs) == {"long_name", "units"} for name in lens.data_vars), "none are the store's"
     np.testing.assert_allclose(lens["top_probability"], expected.values.exp(), rtol=1e-4)
     np.testing.assert_array_equal(lens["top_token_id"], expected.indices)
 

@@ -1,0 +1,408 @@
+"""Linear probes: what can be read off activations along one direction, layer by layer and head by head.
+
+A probe is trained on some documents and judged on others, beside the same probe on control labels (Hewitt and Liang
+2019, "Designing and Interpreting Probes with Control Tasks"): what it also learns of random labels, it has memorised.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import dask
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.array.core import slices_from_chunks
+from dask.graph_manipulation import bind
+from numpy.typing import NDArray
+
+from ...stores.errors import SchemaError, nearest
+from .probe_scores import (
+    SPLITS,
+    Measures,
+    by_type,
+    decision,
+    gather,
+    held_out,
+    lazy_decision,
+    permuted,
+    rows_of,
+    statistics_of,
+    variables,
+)
+from .probe_solvers import Coding, Solver, closed_form, logistic
+from .tokens import needs, vectors
+
+KINDS = {"logistic": True, "mass_mean": True, "lda": True, "ridge": False}
+"""The kinds of probe, and whether they tell classes apart."""
+
+Found: TypeAlias = tuple[Any, Any, dict[str, NDArray[Any]]]
+"""Solutions [entry…, set, column × score, 1 + width], statistics [entry…, set, column, split, statistic], and what only
+logistic regression has, [entry…]."""
+
+CONTROLS = ("token_type", "shuffle")
+MAX_CLASSES = 256
+
+_UNITS = {"logistic": "nats", "ridge": "units of the label", "lda": "nats", "mass_mean": "squared activation"}
+
+
+def probe(
+    activations: xr.Dataset,
+    labels: xr.DataArray,
+    *,
+    kind: str = "logistic",
+    position: int | None = None,
+    skip_positions: int = 1,
+    validation: float | Iterable[int] = 0.2,
+    C: float = 1.0,
+    alpha: float | Sequence[float] = 1.0,
+    standardize: bool = True,
+    controls: Sequence[str] = CONTROLS,
+    confidence: float = 0.95,
+    n_bootstrap: int = 500,
+    max_iter: int = 500,
+    max_bytes: int = 2**30,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Fit a linear probe at every layer (and head) and judge it on documents that it has not seen.
+
+    `activations`: `value[…, token, …, width]` with the coordinates `document`, `sequence` and `position`, such as
+    `open_run(path)["activations/hook_resid_post"]`; every other dimension has probes of its own. `labels` [token], or
+    [sequence] or [document], whose tokens then all have that label: booleans, integers (classes; −1 is no label), or
+    floats (NaN is none). `position` keeps one token of each sequence, counted from the end of what is given of it where
+    it is negative. Tokens before position `skip_positions` are left out.
+
+    `kind`:
+    - `logistic`: scikit-learn's LogisticRegression with `C` (softmax of more than two classes); computed when called.
+    - `mass_mean`: θ = μ₊ − μ₋, threshold midway; of more classes, the nearest mean. Lazy.
+    - `lda`: θ = Σ⁻¹(μ₊ − μ₋), Σ the covariance within classes, with the classes' shares as priors; what Marks and
+      Tegmark give as the mass-mean probe of independent and identically distributed data. Lazy.
+    - `ridge`: linear regression on the label as a number, ‖w‖² weighted by `alpha`; several of them make a dimension
+      `alpha`. Lazy.
+
+    `validation`: the share of documents held out (a permutation seeded by `seed`), or which documents. `standardize`
+    scales rows by mean and standard deviation of the training split for logistic and ridge; what is given is folded
+    back, so that `weight · value + bias` is the score: log-odds of the second class, or what is predicted.
+
+    Gives `weight[…, (alpha, class,) width]` and `bias` (float64; of two classes one weight, positive for the second,
+    otherwise one a `class`), and by `split` (train, validation): `n_example`; `accuracy` with Wilson's interval
+    `accuracy_low` and `_high` and that of documents drawn again, `accuracy_cluster_low` and `_high`;
+    `balanced_accuracy`, and of two classes `auc`, exact, or for ridge `r2`, each with `_low` and `_high` by
+    `n_bootstrap` draws of documents. By `control`: the same probe's `control_accuracy` (`control_r2`) on labels drawn
+    for each token id from those of the training split (token_type) or permuted within each split (shuffle), and
+    `selectivity`, what the true labels have above that, with its interval. `class_count[split, class]`, and
+    `held_out[document]`. Logistic: `converged`, and `n_evaluation` of the loss. Intervals hold `confidence`; they are
+    NaN where there is one document. To choose `alpha` or a layer on the validation split makes its score too good.
+
+    Labels, token ids and document numbers are read when called: about 60 bytes a token. Activations are read twice by
+    lazy kinds, once to fit and once to score; compute the result as a whole. Logistic reads the layers of a chunk once
+    where its examples, and those to train on in float64, take at most `max_bytes`; otherwise 2 + `n_evaluation` times,
+    a chunk a thread in memory. Besides, width² numbers in float64 a layer, and scores, 8 bytes an example and set of
+    labels (and class).
+
+    SchemaError, before activations are read, for what is no such node, labels or setting, for one document, and
+    where a split lacks a class.
+    """
+    value = vectors(activations, "a probe")
+    alphas = tuple(float(a) for a in np.atleast_1d(alpha))
+    _check(kind, C, alphas, controls, confidence, n_bootstrap)
+    counts = _counts(activations, skip_positions, position)
+    examples = _examples(activations, labels, KINDS[kind], counts, validation, controls, seed)
+    solver = Solver(kind=kind, C=C, alpha=alphas, standardize=standardize, max_iter=max_iter)
+    measures = Measures(
+        labels=examples.labels,
+        document=examples.document,
+        validation=examples.validation,
+        n_class=examples.coding.n_class,
+        n_bootstrap=n_bootstrap,
+        confidence=confidence,
+        seed=seed,
+    )
+    rows = rows_of(value, examples.chosen)
+    if kind == "logistic":
+        found = _computed(rows, examples, solver, measures, max_bytes)
+    else:
+        found = _lazy(rows, examples, solver, measures, again=value.chunks is not None)
+    result = _dataset(activations, examples, solver, measures, found, np.ndim(alpha) == 0)
+    settings: dict[str, Any] = {
+        "position": position,
+        "skip_positions": skip_positions,
+        "standardize": standardize,
+        "seed": seed,
+    }
+    settings |= {"kind": kind, "confidence": confidence, "n_bootstrap": n_bootstrap}
+    settings |= {"C": C} if kind == "logistic" else {}
+    result.attrs = {name: setting for name, setting in settings.items() if setting is not None}
+    return result if value.chunks is not None else result.compute(scheduler="synchronous")
+
+
+def apply_probe(activations: xr.Dataset, result: xr.Dataset) -> xr.DataArray:
+    """Scores `weight · value + bias` of every token by probes that `probe` found, or a selection of them: float32
+    [layer, …, (alpha, class,) token], lazily where `value` is lazy.
+
+    `activations` may be any node of the same kind of hook point, of which the layers (and heads) that `result` has are
+    read. Computed in float64. SchemaError where the widths differ or a layer is missing.
+    """
+    value = vectors(activations, "a probe")
+    width = str(value.dims[-1])
+    if "weight" not in result or width not in result["weight"].dims:
+        raise SchemaError(f"no probe of {width}: give what `probe` found of this kind of activations")
+    if result.sizes[width] != value.sizes[width]:
+        raise SchemaError(f"the probe has {width} {result.sizes[width]}, the activations {value.sizes[width]}")
+    kept = [dim for dim in value.dims if dim not in ("token", width)]
+    for dim in kept:
+        if dim in result.coords and dim in activations.coords:
+            if missing := sorted(
+                set(np.atleast_1d(result[dim].values).tolist()) - set(activations[dim].values.tolist())
+            ):
+                raise SchemaError(f"the probe has {dim} {missing}, which the activations lack")
+            value = value.sel({dim: result[dim].values})
+    kept = [dim for dim in kept if dim in value.dims]
+    template = value.isel({width: 0}, drop=True)
+    weight = result["weight"]
+    extra = [dim for dim in weight.dims if dim not in (*kept, width)]
+    weight, bias = weight.transpose(*kept, *extra, width), result["bias"].transpose(*kept, *extra)
+    parts = [value.transpose(*kept, "token", width), weight, bias]
+    lazy = any(part.chunks is not None for part in parts)
+    rows, weights, biases = [da.asarray(part.data) if lazy else part.values for part in parts]
+    shape = (*weights.shape[: len(kept)], 1, -1)
+    packed = [biases.reshape(*shape, 1), weights.reshape(*shape, weights.shape[-1])]
+    scores = lazy_decision(rows, da.concatenate(packed, -1)) if lazy else decision(rows, np.concatenate(packed, -1))
+    scores = scores.astype(np.float32).reshape(*scores.shape[:-2], *(weight.sizes[dim] for dim in extra))
+    found = xr.DataArray(scores, dims=(*kept, "token", *extra), coords=template.coords)
+    found = found.assign_coords({dim: result[dim] for dim in extra if dim in result.coords})
+    found.attrs = {"long_name": "score of the probe", "units": _UNITS.get(result.attrs.get("kind", ""), "")}
+    return found.rename("score").transpose(*kept, *extra, "token")
+
+
+def _check(
+    kind: str, C: float, alpha: tuple[float, ...], controls: Sequence[str], confidence: float, n_bootstrap: int
+) -> None:
+    if kind not in KINDS:
+        raise SchemaError(f"kind = {kind!r}: a probe is one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    for control in controls:
+        if control not in CONTROLS:
+            raise SchemaError(f"control {control!r}: one of {', '.join(CONTROLS)}")
+    if not C > 0 or not alpha or min(alpha) < 0:
+        raise SchemaError(f"C = {C} must be above 0, and alpha = {alpha} at least 0")
+    if not 0 < confidence < 1 or n_bootstrap < 0:
+        raise SchemaError(f"confidence = {confidence} lies between 0 and 1, and n_bootstrap = {n_bootstrap} from 0 on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Examples:
+    """The tokens that are `chosen` [token], and what is known of them: `labels` [set, example] of every name of `sets`,
+    the true ones first; `document` [example], numbers of `documents`; `validation` [example].
+    """
+
+    chosen: NDArray[np.bool_]
+    sets: tuple[str, ...]
+    labels: NDArray[Any]
+    classes: NDArray[Any]
+    document: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    held_out: NDArray[np.bool_]
+
+    @property
+    def validation(self) -> NDArray[np.bool_]:
+        return self.held_out[self.document]
+
+    @property
+    def coding(self) -> Coding:
+        return Coding(len(self.sets), len(self.classes))
+
+
+def _examples(
+    activations: xr.Dataset,
+    labels: xr.DataArray,
+    classify: bool,
+    counts: NDArray[np.bool_],
+    validation: float | Iterable[int],
+    controls: Sequence[str],
+    seed: int,
+) -> _Examples:
+    given = _label_of_tokens(activations, labels, classify)
+    chosen = counts & ~np.isnan(given)
+    documents, document = np.unique(activations["document"].values[chosen], return_inverse=True)
+    is_held_out = held_out(documents, validation, seed)
+    true: NDArray[Any] = given[chosen]
+    classes = np.empty(0)
+    if classify:
+        classes, true = _classes(true, labels.dtype)
+        _refuse_empty(true, classes, is_held_out[document])
+    elif np.ptp(true) == 0:
+        raise SchemaError(f"every label is {true[0]}: there is nothing to predict")
+    rows = [true]
+    for number, control in enumerate(controls):
+        rng = np.random.default_rng([seed, 1 + number])
+        if control == "shuffle":
+            rows.append(permuted(true, is_held_out[document], rng))
+        else:
+            needs(activations, ["token_id"], "the control task of token types")
+            rows.append(by_type(true, ~is_held_out[document], activations["token_id"].values[chosen], rng))
+    return _Examples(
+        chosen=chosen,
+        sets=("label", *controls),
+        labels=np.stack(rows),
+        classes=classes,
+        document=document,
+        documents=documents,
+        held_out=is_held_out,
+    )
+
+
+def _counts(activations: xr.Dataset, skip_positions: int, position: int | None) -> NDArray[np.bool_]:
+    """Which tokens may be examples."""
+    if skip_positions < 0:
+        raise SchemaError(f"skip_positions = {skip_positions}: at least 0")
+    needs(activations, ["document", "sequence", "position"], "a probe")
+    at = activations["position"].values
+    counts = at >= skip_positions
+    if "done" in activations.coords:
+        counts &= activations["done"].values
+    if position is not None and position < 0:
+        _, sequence = np.unique(activations["sequence"].values, return_inverse=True)
+        last = np.zeros(sequence.max(initial=-1) + 1, dtype=at.dtype)
+        np.maximum.at(last, sequence, at)
+        counts &= at == last[sequence] + 1 + position
+    elif position is not None:
+        counts &= at == position
+    return np.asarray(counts)
+
+
+def _label_of_tokens(activations: xr.Dataset, labels: xr.DataArray, classify: bool) -> NDArray[np.float64]:
+    """The label of every token, NaN where it has none."""
+    if labels.ndim != 1 or labels.dims[0] not in ("token", "sequence", "document") or labels.dtype.kind not in "biuf":
+        raise SchemaError(
+            "labels are booleans, integers or floats along token, sequence or document, not "
+            f"{labels.dtype} [{', '.join(map(str, labels.dims))}]"
+        )
+    found = labels.values.astype(np.float64)
+    if labels.dtype.kind in "iu" or classify:
+        found[found == -1] = np.nan
+    dim = str(labels.dims[0])
+    if dim == "token":
+        if len(found) != activations.sizes[dim]:
+            raise SchemaError(f"{len(found):,} labels for {activations.sizes[dim]:,} tokens: select the same of both")
+        for name in {"sequence", "position"} & set(labels.coords):
+            if not np.array_equal(labels[name].values, activations[name].values):
+                raise SchemaError(f"labels and activations differ in `{name}`: select the same tokens of both")
+        return found
+    own = labels[dim].values if dim in labels.coords else np.arange(len(found))
+    order = np.argsort(own)
+    wanted = activations[dim].values
+    place = order[np.minimum(np.searchsorted(own, wanted, sorter=order), len(own) - 1)]
+    return np.where(own[place] == wanted, found[place], np.nan)
+
+
+def _classes(labels: NDArray[np.float64], dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The classes there are, as they were given, and the number of each label's."""
+    classes, found = np.unique(labels, return_inverse=True)
+    if len(classes) > MAX_CLASSES or not np.array_equal(classes, np.round(classes)):
+        raise SchemaError(
+            f"labels have {len(classes):,} values, such as {classes[:3].tolist()}: a probe of classes takes whole "
+            f'numbers, at most {MAX_CLASSES} of them; kind="ridge" predicts numbers'
+        )
+    if len(classes) < 2:
+        raise SchemaError(
+            f"labels have one class, {classes.tolist()}, where at least two are told apart (−1: no label)"
+        )
+    return classes.astype(bool if dtype.kind == "b" else np.int64), found
+
+
+def _refuse_empty(labels: NDArray[np.int64], classes: NDArray[Any], validation: NDArray[np.bool_]) -> None:
+    for name, split in zip(SPLITS, (~validation, validation), strict=True):
+        if missing := [c for i, c in enumerate(classes.tolist()) if not (labels[split] == i).any()]:
+            raise SchemaError(
+                f"the {name} split has no example of class {', '.join(map(str, missing))}: hold out other documents "
+                "(validation=, seed=), or give more of them"
+            )
+
+
+def _lazy(rows: da.Array, examples: _Examples, solver: Solver, measures: Measures, again: bool) -> Found:
+    train, coding = ~examples.validation, examples.coding
+    solution = closed_form(gather(rows, train), examples.labels[:, train], coding, solver)
+    # Scored from chunks that are read again once everything is fitted: shared ones would all wait in memory for that.
+    scores = lazy_decision(bind(rows, solution) if again else rows, solution)
+    lead = rows.ndim - 2
+    shape = (coding.n_set, solver.n_column, len(SPLITS), len(statistics_of(coding.n_class)))
+    table = scores.rechunk({lead: -1}).map_blocks(
+        measures.table,
+        drop_axis=[lead, lead + 1, lead + 2],
+        new_axis=list(range(lead, lead + 4)),
+        chunks=(*scores.chunks[:lead], *((size,) for size in shape)),
+        dtype=np.float64,
+        meta=np.empty((0,) * (lead + 4)),
+    )
+    return solution, table, {}
+
+
+def _computed(rows: da.Array, examples: _Examples, solver: Solver, measures: Measures, max_bytes: int) -> Found:
+    """Logistic regression, the entries of a chunk together."""
+    train, coding, lead = ~examples.validation, examples.coding, rows.shape[:-2]
+    shape = (coding.n_set, coding.n_score, 1 + rows.shape[-1])
+    solution = np.empty((*lead, *shape))
+    table = np.empty((*lead, coding.n_set, 1, len(SPLITS), len(statistics_of(coding.n_class))))
+    extra: dict[str, NDArray[Any]] = {"converged": np.empty(lead, bool), "n_evaluation": np.empty(lead, np.int64)}
+    labels = examples.labels[:, train]
+    for place in slices_from_chunks(rows.chunks[:-2]):
+        some = rows[place]
+        fits = some.nbytes + 8 * math.prod(some.shape) // len(train) * int(train.sum()) <= max_bytes
+        if fits:
+            held = some.compute()
+            to_fit = da.from_array(held[..., train, :].astype(np.float64), chunks=-1, name=False)
+            with dask.config.set(scheduler="synchronous"):
+                found = logistic(to_fit, labels, coding, solver)
+            scores = decision(held, found.solution)
+        else:
+            found = logistic(gather(some, train), labels, coding, solver)
+            scores = lazy_decision(some, da.from_array(found.solution)).compute()
+        solution[place], table[place] = found.solution, measures.table(scores)
+        extra["converged"][place], extra["n_evaluation"][place] = found.converged, found.n_evaluation
+    if not extra["converged"].all():
+        warnings.warn(
+            f"{int((~extra['converged']).sum())} of {extra['converged'].size} probes did not converge in "
+            f"{solver.max_iter} steps: raise max_iter, or lower C (`converged` says which)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return solution, table, extra
+
+
+def _dataset(
+    activations: xr.Dataset, examples: _Examples, solver: Solver, measures: Measures, found: Found, one_alpha: bool
+) -> xr.Dataset:
+    value = activations["value"]
+    width = str(value.dims[-1])
+    kept = [dim for dim in value.dims if dim not in ("token", width)]
+    lead, coding = len(kept), examples.coding
+    solution, statistics, extra = found
+    of_labels = solution[(*(slice(None),) * lead, 0)]
+    split = of_labels.reshape(*of_labels.shape[:lead], solver.n_column, coding.n_score, 1 + value.sizes[width])
+    scores = ["alpha", "class"]
+    names = (*kept, "set", "alpha", "split", "statistic")
+    coords = {
+        **{dim: activations[dim].reset_coords(drop=True) for dim in (*kept, width) if dim in activations.coords},
+        "split": np.array(SPLITS, dtype=object),  # as Zarr has a type for text of any length, but none for numpy's
+        "control": np.array(examples.sets[1:], dtype=object),
+    }
+    table = xr.DataArray(statistics, dims=names, coords={"statistic": list(statistics_of(coding.n_class))})
+    unit = {"units": _UNITS[solver.kind]}
+    weight = xr.Variable((*kept, *scores, width), split[..., 1:], {"long_name": "weight on activations as they are"})
+    bias = xr.Variable((*kept, *scores), split[..., 0], {"long_name": "bias of the probe", **unit})
+    result = xr.Dataset({"weight": weight, "bias": bias})
+    result = result.isel({"class": 0}) if coding.n_score == 1 else result
+    result = result.assign(variables(table)).assign_coords(coords)
+    if solver.kind == "ridge":
+        result = result.assign_coords(alpha=list(solver.alpha))
+    if solver.kind != "ridge" or one_alpha:
+        result = result.isel(alpha=0)
+    result = result.assign({name: (kept, held) for name, held in extra.items()})
+    if coding.n_class:
+        counts = [np.bincount(measures.labels[0, measures.validation == held]) for held in (False, True)]
+        result = result.assign_coords({"class": examples.classes}).assign(class_count=(("split", "class"), counts))
+    return result.assign(held_out=("document", examples.held_out)).assign_coords(document=examples.documents)
