@@ -99,6 +99,13 @@ class Divergence(Metric):
     unit: ClassVar[str] = "KL divergence (nats)"
 
     def at_position(self, logits: Tensor, prompt: Tensor) -> Tensor:
+        if self.reference.dim() != 2 or self.reference.shape[1] != logits.shape[-1]:
+            raise SchemaError(
+                f"the reference of a divergence is logits [prompt, vocab] of a vocabulary of {logits.shape[-1]:,} "
+                f"tokens, not of shape {tuple(self.reference.shape)}"
+            )
+        if int(prompt.max()) >= len(self.reference):
+            raise SchemaError(f"the divergence has the logits of {len(self.reference)} prompts, and there are more")
         log_p = self.reference.to(logits.device).float()[prompt].log_softmax(-1)
         terms = log_p.exp() * (log_p - logits.log_softmax(-1))
         return terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1)
