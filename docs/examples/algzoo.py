@@ -1,17 +1,21 @@
-"""Takes one of AlgZoo's tiny networks apart: standard form, linear regions, ablations, roles of neurons, bits.
+"""Takes one of AlgZoo's tiny recurrent networks apart: linear regions, ablations, roles of neurons, bits.
 
     python docs/examples/algzoo.py
-    python docs/examples/algzoo.py --weights 2nd_argmax_4_3_1073741824_0.pth
-    python docs/examples/algzoo.py --task 2nd_argmax --hidden 2 --length 2
+    python docs/examples/algzoo.py --hidden 2 --length 2
+    python docs/examples/algzoo.py --weights 2nd_argmax_16_10_1073741824_0.pth --no-enumerate
 
-Without weights a network of that size is trained first, in seconds, on standard normal inputs; AlgZoo's own are trained
-on 2^30 sequences and are at gs://arc-ml-public/alg/zoo. Inputs and training are seeded.
+Without weights networks of that size are trained first, in seconds, and the best is taken; AlgZoo's own, at
+gs://arc-ml-public/alg/zoo, are the best of five starts of 2^30 sequences. Inputs and training are seeded.
 
-Published (AlgZoo: uninterpreted models with fewer than 1,500 parameters, 2026): M2,2 has 10 parameters, M4,3 has 32.
-Published (candle-mi, on AlgZoo's M2,2): at most 16 linear regions; outputs of the standard form equal to 1e-4; some
-neuron with a role of |r| > 0.3.
+Published (candle-mi, on AlgZoo's M2,2): at most 16 linear regions, outputs of the standard form equal to 1e-4, a
+neuron whose role it follows with |r| > 0.3, an accuracy above chance.
 
-Measured here: MEASURED
+Measured (float64, 10,000 inputs), on networks trained here, for AlgZoo's own were not at hand. M2,2, the best of three
+starts: accuracy .9999, 6 linear regions; its neurons follow Comparator(1, 0) and Comparator(0, 1) with r = .940 and
+.950. "The right answer" explains it in 18 bits and leaves 24 of 10,000 bits unexplained; all its regions take 896 bits
+and leave 145. M4,3: accuracy .961, 68 regions, of which 10,000 inputs see 59; two neurons follow Comparator(2, 1) and
+two Comparator(1, 2), r = .92 to .94. The right answer leaves 2,773 of 15,850 bits; the 8 most frequent regions take
+2,656 and leave 5,169: without any one neuron the accuracy falls by .56 or more.
 """
 
 from pathlib import Path
@@ -28,81 +32,74 @@ from forebay.stages.algzoo.load import AlgZooNetwork, load_algzoo
 from forebay.stages.algzoo.probing import linear_readout, probe_neurons
 from forebay.stages.algzoo.regions import classify_regions, enumerate_regions
 from forebay.stages.algzoo.spec import AlgZooSpec
-from forebay.stages.algzoo.standardize import standardization_quality, standardize
+from forebay.stages.algzoo.standardize import standardize
 from forebay.stages.algzoo.surprise import OracleEstimator, RegionEstimator, surprise_accounting
 from forebay.stages.algzoo.tasks import evaluate, sample_inputs, targets
 
 
 @click.command(help=__doc__)
 @click.option("--weights", type=click.Path(path_type=Path), help="A .pth or .safetensors file of AlgZoo.")
-@click.option("--task", type=click.Choice(["2nd_argmax", "argmedian", "median"]), help="2nd_argmax if it is trained.")
-@click.option("--hidden", default=4, show_default=True)
-@click.option("--length", type=int, help="Of the sequences: 3 if a network is trained.")
-@click.option("--steps", default=3000, show_default=True, help="Of training, with 1,024 sequences each.")
-@click.option("--inputs", "n_input", default=10_000, show_default=True)
-@click.option("--kept", default=8, show_default=True, help="Regions that the explanation by regions keeps.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--task", help="2nd_argmax, argmedian or median. Default: what the file's name says; 2nd_argmax.")
+@click.option("--hidden", default=4, show_default=True, help="Neurons, where a network is trained.")
+@click.option("--length", type=int, help="Of the sequences. Default: what the file says; 3.")
+@click.option("--steps", default=2000, show_default=True, help="Of training, with 1,024 sequences each.")
+@click.option("--starts", default=3, show_default=True, help="Networks that are trained.")
+@click.option("--enumerate/--no-enumerate", "every", default=True, help="Whether all regions are looked for.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("results/algzoo"), show_default=True)
 def main(
-    weights: Path | None,
-    task: str | None,
-    hidden: int,
-    length: int | None,
-    steps: int,
-    n_input: int,
-    kept: int,
-    seed: int,
-    output: Path,
+    weights: Path | None, task: str, hidden: int, length: int, steps: int, starts: int, every: bool, output: Path
 ) -> None:
     if weights is None:
-        original = train(AlgZooSpec.from_task(task or "2nd_argmax", hidden, length or 3), steps, seed)
+        spec = AlgZooSpec.from_task(task or "2nd_argmax", hidden, length or 3)
+        trained = [train(spec, steps, seed) for seed in range(starts)]
+        test = sample_inputs(spec, 10_000, seed=101)
+        network = max(trained, key=lambda one: evaluate(one, test)["score"].item())
     else:
-        original = load_algzoo(weights, task=task, n=length, dtype="float64")
-    network = standardize(original)
-    x = sample_inputs(network.spec, n_input, seed=seed + 1)
-    # How far to trust the oracle is found on other inputs than those it is judged by.
-    first = surprise_accounting(network, OracleEstimator(spec=network.spec), n_input=n_input, seed=seed + 2)
-    confidence, scale = np.clip(first["agreement"].item(), 0.001, 0.999), first["mean_deviation"].item()
-    oracle = OracleEstimator(spec=network.spec, confidence=confidence, scale=scale if network.spec.scalar else 0.1)
-    seen = classify_regions(network, x)
-    regions = RegionEstimator.from_regions(network, seen, most=kept)
-    results = {
-        "evaluation": evaluate(network, x).assign(quality_before=standardization_quality(original)),
-        "regions_seen": seen,
-        "regions": enumerate_regions(network),
-        "ablation": ablate_neurons(network, x, by_time=True),
-        "pairs": ablate_neuron_pairs(network, x),
-        "probing": probe_neurons(network, seed=seed).merge(linear_readout(network, x)),
-        "oracle": surprise_accounting(network, oracle, x),
-        "region_estimator": surprise_accounting(network, regions, x),
-    }
+        network = load_algzoo(weights, task=task, n=length, dtype="float64")
+    results = analyse(standardize(network), every)
     xr.DataTree.from_dict(results).to_zarr(output / "algzoo.zarr", mode="w", consolidated=False)
     draw(results, output / "algzoo.png")
-    Console().print(table(network, results))
+    Console().print(table(network.spec, results))
 
 
 def train(spec: AlgZooSpec, steps: int, seed: int) -> AlgZooNetwork:
-    """A network trained by Adam to classify, or to tell the median by the mean squared error."""
+    """A network trained by Adam to classify, or to tell the median with a small squared error."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rnn = torch.nn.RNN(1, spec.hidden, nonlinearity="relu", bias=False, batch_first=True)
         linear = torch.nn.Linear(spec.hidden, spec.n_output, bias=False)
-    parameters = [*rnn.parameters(), *linear.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    optimizer = torch.optim.Adam([*rnn.parameters(), *linear.parameters()], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    x = torch.from_numpy(sample_inputs(spec, 64 * 1024, seed=seed).values).float()
-    right = torch.from_numpy(targets(spec, x).values)
     for step in range(steps):
-        some = slice(step % 64 * 1024, (step % 64 + 1) * 1024)
-        made = linear(rnn(x[some, :, None])[1][0])
-        wrong = (made[:, 0] - right[some]).square().mean() if spec.scalar else None
-        loss = torch.nn.functional.cross_entropy(made, right[some]) if wrong is None else wrong
+        x = torch.from_numpy(sample_inputs(spec, 1024, seed=1000 + step).values).float()
+        right, made = torch.from_numpy(targets(spec, x).values), linear(rnn(x[..., None])[1][0])
+        loss = (made[:, 0] - right).square().mean() if spec.scalar else torch.nn.functional.cross_entropy(made, right)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     held = {f"rnn.{name}": weight for name, weight in rnn.state_dict().items()}
     return load_algzoo(held | {"linear.weight": linear.weight}, task=spec.task, n=spec.n, dtype="float64")
+
+
+def analyse(network: AlgZooNetwork, every: bool) -> dict[str, xr.Dataset]:
+    spec = network.spec
+    x, other = (sample_inputs(spec, 10_000, seed=seed) for seed in (102, 103))
+    # How far to trust the oracle is found on other inputs than those it is judged by.
+    found = surprise_accounting(network, OracleEstimator(spec=spec), other)
+    scale = found["mean_deviation"].item() if spec.scalar else 0.1
+    oracle = OracleEstimator(spec=spec, confidence=np.clip(found["agreement"].item(), 1e-3, 1 - 1e-3), scale=scale)
+    seen = classify_regions(network, x)
+    results = {"regions": enumerate_regions(network)} if every else {}
+    return results | {
+        "evaluation": evaluate(network, x),
+        "regions_seen": seen,
+        "ablation": ablate_neurons(network, x, by_time=True),
+        "pairs": ablate_neuron_pairs(network, x),
+        "probing": probe_neurons(network).merge(linear_readout(network, x)),
+        "oracle": surprise_accounting(network, oracle, x),
+        "region_estimator": surprise_accounting(network, RegionEstimator.from_regions(network, seen, most=8), x),
+    }
 
 
 def draw(results: dict[str, xr.Dataset], path: Path) -> None:
@@ -112,31 +109,33 @@ def draw(results: dict[str, xr.Dataset], path: Path) -> None:
     from forebay import plot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    plot.bars(results["regions_seen"]["fraction"][:20], title="regions", ax=axes[0, 0])
-    plot.heat_map(results["ablation"]["score_change"], center=0.0, annotate=True, title="without one", ax=axes[0, 1])
-    plot.heat_map(results["pairs"]["interaction"], center=0.0, annotate=True, title="without two", ax=axes[1, 0])
-    last = results["probing"]["correlation"].isel(time=-1)
-    plot.heat_map(last, center=0.0, annotate=True, title="roles at the last step", ax=axes[1, 1])
+    plot.bars(results["regions_seen"]["fraction"][:20], title="the most frequent linear regions", ax=axes[0, 0])
+    for title, values, ax in (
+        ("one neuron held at 0 at one step", results["ablation"]["score_change"], axes[0, 1]),
+        ("two neurons held at 0, beyond what each does", results["pairs"]["interaction"], axes[1, 0]),
+        ("what the neurons follow at the last step", results["probing"]["correlation"].isel(time=-1), axes[1, 1]),
+    ):
+        plot.heat_map(values, center=0.0, annotate=True, title=title, ax=ax)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def table(network: AlgZooNetwork, results: dict[str, xr.Dataset]) -> Table:
+def table(spec: AlgZooSpec, results: dict[str, xr.Dataset]) -> Table:
     """What was found, a line each."""
-    spec, score = network.spec, results["evaluation"]["score"]
+    score = results["evaluation"]["score"]
     made = Table(
         "what", "found", title=f"{spec.task}: {spec.hidden} neurons, {spec.n} steps, {spec.n_params} parameters"
     )
     made.add_row(score.attrs["long_name"], f"{score.item():.4f}")
-    sizes = {name: results[name].sizes["region"] for name in ("regions", "regions_seen")}
-    made.add_row("linear regions: all, seen", f"{sizes['regions']}, {sizes['regions_seen']}")
+    for name, regions in results.items():
+        if "region" in regions.sizes:
+            made.add_row(f"linear {name.replace('_', ' ')}", str(regions.sizes["region"]))
     for neuron in range(spec.hidden):
         last = results["probing"].isel(neuron=neuron, time=-1)
         lost = results["pairs"]["score_change"].isel(neuron=neuron, other=neuron).item()
         role = f"{last['best_role'].item()}, r = {last['best_correlation'].item():+.3f}"
         made.add_row(f"neuron {neuron}", f"{role}; score without it {lost:+.3f}")
-    for name in ("oracle", "region_estimator"):
-        found = results[name]
+    for found in (results["oracle"], results["region_estimator"]):
         told = ", ".join(f"{key} {found[f'{key}_bits'].item():,.0f}" for key in ("explanation", "residual", "baseline"))
         made.add_row(found.attrs["estimator"], f"agreement {found['agreement'].item():.4f}; bits: {told}")
     return made

@@ -11,7 +11,9 @@ Published (candle-mi, Llama 3.2 1B, float32): 9 of 15 couplets rhyme as it is, 1
 layers 8 to 15, none with those layers run twice; pushes of 10 and more make it worse. Greedy text is chaotic: such
 numbers differ by one or two between implementations.
 
-Measured here: MEASURED
+Measured here (SmolLM2-135M-Instruct from its Q4_1 file, float32): 4 of 15 as it is, all of which repeat the word of the
+first line; the same lines with a push of strength 2 before layers 15 to 29, which is little beside a residual stream of
+length 155; none with those layers run twice.
 """
 
 from pathlib import Path
@@ -92,10 +94,14 @@ def counts(result: xr.Dataset) -> Table:
 
 def lines(result: xr.Dataset) -> Table:
     """What was written to each first line, as it is and under the last condition."""
-    found = Table("first line", "as it is", str(result["condition"].item()), title="Second lines; * rhymes")
+    found = Table(
+        "first line", "as it is", str(result["condition"].item()), title="Second lines; * rhymes, = repeats the word"
+    )
     for couplet in result["couplet"].values:
         row = result.sel(couplet=couplet)
-        marks = ["* " if bool(row[name]) else "" for name in ("baseline_rhymes", "rhymes")]
+        marks = [
+            "= " if bool(row[f"{of}repeats"]) else "* " if bool(row[f"{of}rhymes"]) else "" for of in ("baseline_", "")
+        ]
         found.add_row(row["first_line"].item(), marks[0] + row["baseline_line"].item(), marks[1] + row["line"].item())
     return found
 

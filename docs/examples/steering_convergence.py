@@ -5,13 +5,17 @@
 What tells "The capital of France is" from "The capital of Germany is" in a layer, v = clean − contrastive at the last
 token, is added there, layer by layer, and the residual streams of the layers above are compared with those without it.
 The first whose cosine is at least 0.95 has absorbed the push. The highest layer whose injection is absorbed is then
-pushed twelve times as strongly as 0.5 to 6.
+pushed with twelve strengths from 0.5 to 6.
 
 Published (candle-mi, float32): Llama 3.2 1B absorbs 13 of its 16 layers, 1.5 layers above the injection, Gemma 2 2B 24
 of 26, 1.0 above; in both a strength of 1.0 is absorbed and one of 1.5 is not. Pushed into the last layer, " Paris"
 rises to .903 and .368.
 
-Measured here: MEASURED
+Measured here (SmolLM2-135M-Instruct from its Q4_1 file, float32): 24 of 30 layers absorb, 1.0 above the injection; in
+layer 23 a strength of 1.0 is absorbed and one of 1.5 is not; pushed into the last layer, " Paris" rises from .773 to
+.913. But a cosine sees little of what happens: up to layer 22 that at the injection itself is .990 or more, so that
+nothing was there to be absorbed. By length, relative to the stream, a push into layers 0 to 8 ends at half of what it
+was or less (.0408 becomes .0174 in layer 8), one into layer 12 or above at 0.6 to 1.5 times it.
 """
 
 from pathlib import Path
@@ -67,13 +71,16 @@ def draw(matrix: xr.Dataset, sweep: xr.Dataset, output: Path) -> None:
 def table(found: xr.Dataset, dim: str, title: str) -> Table:
     """A row for every layer or strength."""
     shown = Table(title=title)
-    for name in (dim.replace("_", " "), "absorbed in layer", "KL (nats)", "probability"):
+    heads = (dim.replace("_", " "), "cosine there", "absorbed in", "distance there", "in the end", "KL", "probability")
+    for name in heads:
         shown.add_column(name, justify="right")
     for place in found[dim].values:
         row = found.sel({dim: place})
+        there, end = row.sel(layer=row["injection_layer"]), row.isel(layer=-1)
         at = int(row["absorption_layer"])
-        probability = f"{row['probability'].item():.4f}"
-        shown.add_row(f"{place:g}", "never" if at < 0 else str(at), f"{float(row['kl_divergence']):.4f}", probability)
+        numbers = (there["distance"], end["distance"], row["kl_divergence"], row["probability"])
+        cells = [f"{value.item():.4f}" for value in numbers]
+        shown.add_row(f"{place:g}", f"{float(there['cosine']):.3f}", "never" if at < 0 else str(at), *cells)
     return shown
 
 

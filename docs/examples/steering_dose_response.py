@@ -10,7 +10,8 @@ Published (candle-mi, float32, "The capital of France is", KL at doses of 0.5, 4
 attention is .630 without steering: .006, .029, .043; Gemma 2 2B, layer 13 (.589): .001, .002, .003; StarCoder2 3B,
 layer 15 (.673): .002, .004, .005.
 
-Measured here: MEASURED
+Measured here (SmolLM2-135M-Instruct from its Q4_1 file, float32): layer 15 (.784): .0012, .0036, .0053; " Paris" goes
+from .756 over .773 without steering to .805. No scale doubles an attention of more than a half.
 """
 
 from pathlib import Path

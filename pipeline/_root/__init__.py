@@ -10,6 +10,20 @@ if TYPE_CHECKING:
     import forebay.stages.plots as plot
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
+    from forebay.stages.algzoo.load import load_algzoo
+    from forebay.stages.analyze.activation_patching import activation_patching
+    from forebay.stages.analyze.attention import (
+        attention_distance,
+        attention_entropy,
+        attention_from,
+        attention_to,
+        attention_to_targets,
+        top_edges,
+    )
+    from forebay.stages.analyze.attention_ablation import knockout_effect, knockout_sweep
+    from forebay.stages.analyze.attribution_patching import attribution_patching, patching_agreement
+    from forebay.stages.analyze.block_patching import block_patching
+    from forebay.stages.analyze.causal_tracing import causal_tracing, embedding_std, indirect_effect
     from forebay.stages.analyze.decoder_projection import (
         AttributionEdge,
         AttributionGraph,
@@ -18,18 +32,34 @@ if TYPE_CHECKING:
         score_features_by_decoder_projection,
     )
     from forebay.stages.analyze.dictionary_fit import dictionary_fit
+    from forebay.stages.analyze.directions import contrastive_direction, mean_difference, separation, token_direction
+    from forebay.stages.analyze.effective_attention import normalize_effective_attention
+    from forebay.stages.analyze.head_detectors import detect_heads, head_detectors, random_repeats
     from forebay.stages.analyze.intervention_effect import intervention_effect
     from forebay.stages.analyze.logit_lens import logit_lens
     from forebay.stages.analyze.loss_recovered import loss_recovered
     from forebay.stages.analyze.metrics import Divergence, Logit, LogitDifference, LogProbability, Probability
     from forebay.stages.analyze.moments import moments
+    from forebay.stages.analyze.patching import divergence_from, pairs_of, recovery, run_variants
+    from forebay.stages.analyze.recurrent_feedback import FeedbackCondition, feedback_sweep, rhyme_experiment
+    from forebay.stages.analyze.state_ablation import state_knockout_effect, state_sweep
+    from forebay.stages.analyze.steering import (
+        DOSE_LEVELS,
+        SteeringCalibration,
+        calibrate_steering,
+        direction_dose_response,
+        dose_response,
+        edge_attention,
+        scale_for_target,
+    )
+    from forebay.stages.analyze.steering_convergence import steering_convergence, strength_sweep
     from forebay.stages.analyze.tokens import as_run
     from forebay.stages.dictionaries.dictionary import Dictionary
     from forebay.stages.dictionaries.interventions import Clamp, Inject, Splice, Suppress
     from forebay.stages.dictionaries.load import load_dictionary
     from forebay.stages.dictionaries.save import save_dictionary
     from forebay.stages.dictionaries.transcoders import FeatureId, TranscoderSet
-    from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention
+    from forebay.stages.models.edges import Knockout, KnockoutSpec, SteerAttention, SteeringSpec
     from forebay.stages.models.interventions import Add, Apply, Replace, Scale, Zero
     from forebay.stages.models.load import load_model
     from forebay.stages.models.masks import causal_mask, visible_keys
@@ -48,10 +78,12 @@ _HOMES = {
     "AttributionEdge": "forebay.stages.analyze.decoder_projection",
     "AttributionGraph": "forebay.stages.analyze.decoder_projection",
     "Clamp": "forebay.stages.dictionaries.interventions",
+    "DOSE_LEVELS": "forebay.stages.analyze.steering",
     "Dictionary": "forebay.stages.dictionaries.dictionary",
     "Divergence": "forebay.stages.analyze.metrics",
     "FeatureId": "forebay.stages.dictionaries.transcoders",
     "Feedback": "forebay.stages.models.recurrence",
+    "FeedbackCondition": "forebay.stages.analyze.recurrent_feedback",
     "HookPoint": "forebay.stages.models.points",
     "HookSpec": "forebay.stages.models.taps",
     "Inject": "forebay.stages.dictionaries.interventions",
@@ -69,28 +101,69 @@ _HOMES = {
     "StateKnockout": "forebay.stages.models.state_taps",
     "StateSteering": "forebay.stages.models.state_taps",
     "SteerAttention": "forebay.stages.models.edges",
+    "SteeringCalibration": "forebay.stages.analyze.steering",
+    "SteeringSpec": "forebay.stages.models.edges",
     "Suppress": "forebay.stages.dictionaries.interventions",
     "TranscoderSet": "forebay.stages.dictionaries.transcoders",
     "Zero": "forebay.stages.models.interventions",
+    "activation_patching": "forebay.stages.analyze.activation_patching",
     "as_run": "forebay.stages.analyze.tokens",
+    "attention_distance": "forebay.stages.analyze.attention",
+    "attention_entropy": "forebay.stages.analyze.attention",
+    "attention_from": "forebay.stages.analyze.attention",
+    "attention_to": "forebay.stages.analyze.attention",
+    "attention_to_targets": "forebay.stages.analyze.attention",
+    "attribution_patching": "forebay.stages.analyze.attribution_patching",
+    "block_patching": "forebay.stages.analyze.block_patching",
     "build_attribution_graph": "forebay.stages.analyze.decoder_projection",
     "build_attribution_graphs": "forebay.stages.analyze.decoder_projection",
+    "calibrate_steering": "forebay.stages.analyze.steering",
     "causal_mask": "forebay.stages.models.masks",
+    "causal_tracing": "forebay.stages.analyze.causal_tracing",
     "check_compatibility": "forebay.stages.models.source",
+    "contrastive_direction": "forebay.stages.analyze.directions",
+    "detect_heads": "forebay.stages.analyze.head_detectors",
     "dictionary_fit": "forebay.stages.analyze.dictionary_fit",
+    "direction_dose_response": "forebay.stages.analyze.steering",
+    "divergence_from": "forebay.stages.analyze.patching",
+    "dose_response": "forebay.stages.analyze.steering",
+    "edge_attention": "forebay.stages.analyze.steering",
+    "embedding_std": "forebay.stages.analyze.causal_tracing",
+    "feedback_sweep": "forebay.stages.analyze.recurrent_feedback",
+    "head_detectors": "forebay.stages.analyze.head_detectors",
+    "indirect_effect": "forebay.stages.analyze.causal_tracing",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
+    "knockout_effect": "forebay.stages.analyze.attention_ablation",
+    "knockout_sweep": "forebay.stages.analyze.attention_ablation",
+    "load_algzoo": "forebay.stages.algzoo.load",
     "load_dictionary": "forebay.stages.dictionaries.load",
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_lens": "forebay.stages.analyze.logit_lens",
     "loss_recovered": "forebay.stages.analyze.loss_recovered",
+    "mean_difference": "forebay.stages.analyze.directions",
     "moments": "forebay.stages.analyze.moments",
+    "normalize_effective_attention": "forebay.stages.analyze.effective_attention",
     "open_run": "forebay.stores.tree",
     "open_store": "forebay.stores.tree",
+    "pairs_of": "forebay.stages.analyze.patching",
+    "patching_agreement": "forebay.stages.analyze.attribution_patching",
     "plan": "forebay.pipeline.plan",
+    "random_repeats": "forebay.stages.analyze.head_detectors",
+    "recovery": "forebay.stages.analyze.patching",
+    "rhyme_experiment": "forebay.stages.analyze.recurrent_feedback",
     "run": "forebay.pipeline.run",
+    "run_variants": "forebay.stages.analyze.patching",
     "save_dictionary": "forebay.stages.dictionaries.save",
+    "scale_for_target": "forebay.stages.analyze.steering",
     "score_features_by_decoder_projection": "forebay.stages.analyze.decoder_projection",
+    "separation": "forebay.stages.analyze.directions",
+    "state_knockout_effect": "forebay.stages.analyze.state_ablation",
+    "state_sweep": "forebay.stages.analyze.state_ablation",
+    "steering_convergence": "forebay.stages.analyze.steering_convergence",
+    "strength_sweep": "forebay.stages.analyze.steering_convergence",
+    "token_direction": "forebay.stages.analyze.directions",
+    "top_edges": "forebay.stages.analyze.attention",
     "visible_keys": "forebay.stages.models.masks",
 }
 _MODULES = {"plot": "forebay.stages.plots"}
@@ -99,6 +172,7 @@ _OPENING = ("open_run", "open_store")
 
 __version__ = metadata.version("forebay")
 __all__ = [
+    "DOSE_LEVELS",
     "Add",
     "Apply",
     "AttributionEdge",
@@ -108,6 +182,7 @@ __all__ = [
     "Divergence",
     "FeatureId",
     "Feedback",
+    "FeedbackCondition",
     "HookPoint",
     "HookSpec",
     "Inject",
@@ -125,29 +200,70 @@ __all__ = [
     "StateKnockout",
     "StateSteering",
     "SteerAttention",
+    "SteeringCalibration",
+    "SteeringSpec",
     "Suppress",
     "TranscoderSet",
     "Zero",
+    "activation_patching",
     "as_run",
+    "attention_distance",
+    "attention_entropy",
+    "attention_from",
+    "attention_to",
+    "attention_to_targets",
+    "attribution_patching",
+    "block_patching",
     "build_attribution_graph",
     "build_attribution_graphs",
+    "calibrate_steering",
     "causal_mask",
+    "causal_tracing",
     "check_compatibility",
+    "contrastive_direction",
+    "detect_heads",
     "dictionary_fit",
+    "direction_dose_response",
+    "divergence_from",
+    "dose_response",
+    "edge_attention",
+    "embedding_std",
+    "feedback_sweep",
+    "head_detectors",
+    "indirect_effect",
     "intervention_effect",
+    "knockout_effect",
+    "knockout_sweep",
+    "load_algzoo",
     "load_dictionary",
     "load_model",
     "load_unembedding",
     "logit_lens",
     "loss_recovered",
+    "mean_difference",
     "moments",
+    "normalize_effective_attention",
     "open_run",
     "open_store",
+    "pairs_of",
+    "patching_agreement",
     "plan",
     "plot",
+    "random_repeats",
+    "recovery",
+    "rhyme_experiment",
     "run",
+    "run_variants",
     "save_dictionary",
+    "scale_for_target",
     "score_features_by_decoder_projection",
+    "separation",
+    "state_knockout_effect",
+    "state_sweep",
+    "steering_convergence",
+    "strength_sweep",
+    "token_direction",
+    "top_edges",
     "visible_keys",
 ]
 

@@ -81,8 +81,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 def _checked(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ModelError(f"{name!r} in {where} is no tensor of floating-point numbers")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ModelError(f"{name!r} in {where} is no name of a tensor of floating-point numbers")
         if not bool(tensor.isfinite().all()):
             raise ModelError(f"there is NaN or infinity in {name!r} of {where}")
     return tensors

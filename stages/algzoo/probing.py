@@ -54,7 +54,8 @@ def probe_neurons(
     strength = np.nan_to_num(abs(correlation), nan=-1.0).argmax(0)
     best = np.take_along_axis(correlation, strength[None], axis=0)[0]
     role = np.where(abs(best) >= threshold, np.array(names, dtype=object)[strength], UNKNOWN)
-    coords = {"role": np.array(names, dtype=object), "neuron": np.arange(rnn.spec.hidden), "time": np.arange(rnn.spec.n)}
+    steps, roles = np.arange(rnn.spec.n), np.array(names, dtype=object)
+    coords = {"role": roles, "neuron": np.arange(rnn.spec.hidden), "time": steps}
     attrs = {"long_name": "correlation with the role", "units": "Pearson's r"}
     made = {
         "correlation": (("role", "neuron", "time"), correlation, attrs),

@@ -55,7 +55,7 @@ def classify_regions(network: AlgZooNetwork, inputs: object) -> xr.Dataset:
     found = _described(rnn, patterns[first[order]], x[first[order]])
     counted = found.assign(count=("region", count[order]), fraction=("region", count[order] / len(x)))
     counted["count"].attrs = {"long_name": "inputs in the region", "units": "inputs"}
-    counted["fraction"].attrs = {"long_name": "fraction of inputs in the region", "units": "fraction"}
+    counted["fraction"].attrs = {"long_name": "inputs in the region", "units": "fraction of inputs"}
     return counted.assign(region_of_input=("input", rank[which.reshape(-1)])).assign_coords(input=np.arange(len(x)))
 
 

@@ -87,11 +87,11 @@ def ablation_effect(
     put in at every point, draw and position, and a forward of `batch_size` sequences whose logits exist at one position
     only.
 
-    Everything that does not fit is refused before anything is read or computed. SchemaError for a store that is none,
-    lacks a layer or is another model's (by the name it records, or the hashes of its weights where the names differ;
-    by its widths where it records none), for tokens that do not count, a missing `seed`, and as `activation_patching`
-    does; HookError for kinds and layers that the model does not have, for kinds that are not laid out by token, and
-    for heads that a kind does not have.
+    Refused before anything is read or computed: SchemaError for a store that is none, lacks a layer or is another
+    model's (by the name it records, or the hashes of its weights where the names differ; by its widths where it records
+    none), a missing `seed`, and as `activation_patching` does; HookError for kinds and layers that the model does not
+    have, for kinds that are not laid out by token, and for heads that a kind does not have. And before the model runs:
+    SchemaError for a store in which no token counts.
     """
     batch = many_prompts(model, prompts)
     pairs = Pairs(clean=batch, corrupted=batch)

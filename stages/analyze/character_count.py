@@ -114,13 +114,16 @@ def character_count_manifold(
     `character_count` [token] as `characters_since_newline` gives it. float64 but `n_token`, every count weighing the
     same:
 
-    - `n_token[…, character_count]` and `mean[…, character_count, width]`; NaN for a count without tokens, here and in
-      all that follows;
+    - `n_token[…, character_count]`, `mean[…, character_count, width]` and `variance[…, character_count]` of `mean_by`;
+      NaN for a count without tokens, here and in all that follows;
     - `center[…, width]`, the mean of the means, `components[…, component, width]`, `explained_variance`,
       `explained_variance_ratio` and `singular_values[…, component]` of `pca_of` the means;
     - `projection[…, character_count, component]`: the means without the center along each component: the curve;
     - `cosine[…, character_count, character_count_2]` of the means without the center: where it falls below 0 and rises
-      again with the distance between two counts, that is the ringing of a curve squeezed into few dimensions.
+      again with the distance between two counts, that is the ringing of a curve squeezed into few dimensions;
+    - `sampling_fraction[…]`: how much of the variance of the means is to be expected from the spread of the tokens
+      alone, Σ variance / n_token over the sum of squares of the centred means. Where it is not well below 1, there are
+      too few tokens to see a curve, and no few components explain the rest of the variance.
 
     Memory as of `mean_by`. SchemaError for what is no such node, mask or label.
     """
@@ -134,6 +137,9 @@ def character_count_manifold(
     result = means.merge(found.drop_vars("n_token").rename(mean="center"))
     result["projection"] = project(means["mean"], found).assign_attrs(long_name="projection of the mean")
     result["cosine"] = cosine.assign_attrs(long_name="cosine of centred means", units="cosine")
+    error = (means["variance"] / means["n_token"].where(means["n_token"] > 0)).sum(name)
+    share = error / (centred**2).sum((name, str(centred.dims[-1])))
+    result["sampling_fraction"] = share.assign_attrs(units="fraction", long_name="fraction expected from sampling")
     result[name].attrs = {"units": "characters", "long_name": "characters since the newline"}
     return result
 

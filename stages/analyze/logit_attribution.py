@@ -65,10 +65,10 @@ def logit_attribution(
     Gives `attribution[component, token]` (float32, in units of the logit), for several tokens with a last dimension
     `vocab` whose coordinate holds their ids, and `logit[token]` likewise, their sum. The components are labelled as
     those of `decompose_resid` are, and there are two more, `ln_final_bias` and `unembed_bias`, in models that have
-    them: of a whole decomposition they add up to the model's logit before its soft-cap, but for rounding. The scale of the
-    final norm is that of the whole stream, and a LayerNorm's centring is applied to each component. NaN where an id is
-    -1 and where nothing is recorded. Lazily where the captures are lazy. Memory: one chunk of a capture and 64 MiB of
-    components a thread.
+    them: of a whole decomposition they add up to the model's logit before its soft-cap, but for rounding. The scale of
+    the final norm is that of the whole stream, and a LayerNorm's centring is applied to each component. NaN where an
+    id is -1 and where nothing is recorded. Lazily where the captures are lazy. Memory: one chunk of a capture and 64
+    MiB of components a thread.
 
     SchemaError for what is not captured, the scale included (`decompose_resid` says where it comes from), for tokens
     that are not in the vocabulary, and for settings of a decomposition with one that is made.
@@ -335,7 +335,7 @@ def _of_decomposition(components: xr.Dataset, reading: _Reading) -> xr.Dataset:
             f"{dict(value.sizes)}: select components with a list; is the unembedding another model's?"
         )
     reading.check(scale)
-    edges = np.cumsum([0, *value.chunksizes.get("component", (value.sizes["component"],))]).tolist()  # part by part
+    edges = np.cumsum([0, *value.variable.chunksizes.get("component", (value.sizes["component"],))]).tolist()
     terms = []
     for first, beyond in itertools.pairwise(edges):
         some = value.variable.isel(component=slice(first, beyond)).transpose("token", "component", "d_model")

@@ -69,12 +69,13 @@ def logit_lens(
 
     SchemaError if the dimensions or labels are not there, the widths differ, or there is no such token.
     """
-    value = _checked(activations, unembedding)
+    node = _dataset(activations)
+    value = _checked(node, unembedding)
     n_vocab = unembedding.weight.shape[0]
     if not 1 <= top <= n_vocab:
         raise SchemaError(f"top = {top} tokens are asked for; from 1 to {n_vocab:,} can be told")
     chosen = None if tokens is None else _chosen(tokens, n_vocab)
-    following = next_tokens(activations)
+    following = next_tokens(node)
     outputs: list[list[str]] = [["rank"], ["rank"], [], [], *([] if chosen is None else [["vocab"], ["vocab"]])]
     lens: tuple[xr.DataArray, ...] = xr.apply_ufunc(
         _Lens(unembedding, top, chosen, softcap),
@@ -88,8 +89,8 @@ def logit_lens(
         dask_gufunc_kwargs={"output_sizes": {"rank": top} | ({} if chosen is None else {"vocab": len(chosen)})},
     )
     named = {name: found.assign_attrs(_MEANING[name]) for name, found in zip(_MEANING, lens, strict=False)}
-    ids = {} if chosen is None else {"vocab": list(chosen)}
-    return xr.Dataset(named).assign_coords(next_token_id=following.reset_coords(drop=True), **ids)
+    coords: dict[str, Any] = {"next_token_id": following.reset_coords(drop=True)}
+    return xr.Dataset(named).assign_coords(coords | ({} if chosen is None else {"vocab": list(chosen)}))
 
 
 def first_appearance(lens: xr.Dataset, token_id: int | Sequence[int], k: int = 1) -> xr.DataArray:
@@ -126,10 +127,11 @@ def next_tokens(activations: xr.Dataset | xr.DataTree) -> xr.DataArray:
     """The token that really follows each token, in its own sequence and next to it in the selection; -1 where there is
     none. int64, read chunk by chunk when asked for where `value` is lazy.
     """
-    labels = _dataset(activations)[["token_id", "sequence", "position"]]
-    chunks = activations["value"].chunksizes.get("token") if "value" in activations else None
+    node = activations.to_dataset() if isinstance(activations, xr.DataTree) else activations
+    labels = node[["token_id", "sequence", "position"]]
+    chunks = node["value"].variable.chunksizes.get("token") if "value" in node else None
     if chunks is None:
-        return xr.DataArray(_following(labels, 0, activations.sizes["token"]), dims="token")
+        return xr.DataArray(_following(labels, 0, node.sizes["token"]), dims="token")
 
     def read(block_info: Any = None) -> NDArray[np.int64]:
         ((start, stop),) = block_info[None]["array-location"]
@@ -163,16 +165,18 @@ def _following(labels: xr.Dataset, start: int, stop: int) -> NDArray[np.int64]:
 
 
 def _dataset(activations: xr.Dataset | xr.DataTree) -> xr.Dataset:
-    return activations.to_dataset() if isinstance(activations, xr.DataTree) else activations
-
-
-def _checked(activations: xr.Dataset | xr.DataTree, unembedding: Unembedding) -> xr.DataArray:
-    needs = {"token_id", "sequence", "position"}
-    if isinstance(activations, xr.DataTree) and str(activations.name).endswith(_NORMALIZED):
+    if not isinstance(activations, xr.DataTree):
+        return activations
+    if str(activations.name).endswith(_NORMALIZED):
         raise SchemaError(
             f"{activations.name} is normalised already, and the logit lens applies the final norm itself: give it a "
             f"residual stream, such as hook_resid_post"
         )
+    return activations.to_dataset()
+
+
+def _checked(activations: xr.Dataset, unembedding: Unembedding) -> xr.DataArray:
+    needs = {"token_id", "sequence", "position"}
     if "value" not in activations or activations["value"].dims[-2:] != ("token", "d_model"):
         said = activations["value"].dims if "value" in activations else sorted(map(str, activations.data_vars))
         raise SchemaError(f"the logit lens reads value[layer, token, d_model] of a residual stream, not {said}")

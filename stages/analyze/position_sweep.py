@@ -175,9 +175,9 @@ def _labelled(
     for name, metric in metrics.items():
         baseline, edited = shown[name][0], shown[name][1:]
         units = {"units": metric.unit}
-        variables[name] = ("position", edited, {**units, "long_name": f"{metric.unit} edited at a position"})
+        variables[name] = ("position", edited, {**units, "long_name": f"{metric.unit} of the edited run"})
         variables[f"{name}_baseline"] = ((), baseline, {**units, "long_name": f"{metric.unit} without edits"})
-        change = {**units, "long_name": f"change of {metric.unit} by edits at a position"}
+        change = {**units, "long_name": "change by the edits"}
         variables[f"{name}_change"] = ("position", edited - baseline, change)
     every = position_coords(model, token_ids)
     here = {name: (dim, np.asarray(values)[list(places)]) for name, (dim, values) in every.items()}

@@ -6,7 +6,7 @@ Welsh 2007, "Bootstrapping clustered data"); accuracy has Wilson's interval (192
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
@@ -109,22 +109,24 @@ def statistics_of(n_class: int) -> tuple[str, ...]:
     return ("n_example", *_ACCURACY, *_BALANCED, *(_AUC if n_class == 2 else ()), *_SELECTIVITY)
 
 
-def variables(table: xr.DataArray) -> dict[str, xr.DataArray]:
-    """Statistics [entry…, set, column, split, statistic] by name: those of the labels, and those of the controls."""
+def variables(table: Any, kept: Sequence[Hashable], several: Sequence[str], n_class: int) -> dict[str, Any]:
+    """Statistics [*kept, set, *several, split, statistic] by name: those of the labels, and those of the controls."""
+    every = (slice(None),) * len(kept)
+    of_labels, of_controls = table[(*every, 0)], table[(*every, slice(1, None))]
     found = {}
-    for name in table["statistic"].values.tolist():
-        whole = table.sel(statistic=name, drop=True)
-        controls = whole.isel(set=slice(1, None)).rename(set="control")
+    for i, name in enumerate(statistics_of(n_class)):
+        attrs = {"units": "", "long_name": " ".join(_LONG_NAMES.get(word, word) for word in name.split("_"))}
+        controls = ((*kept, "control", *several, "split"), of_controls[..., i], attrs)
         if name.startswith("selectivity"):
             found[name] = controls
             continue
-        found[name] = whole.isel(set=0)
+        values = of_labels[..., i].astype(np.int64) if name == "n_example" else of_labels[..., i]
+        found[name] = ((*kept, *several, "split"), values, attrs)
         if name in _PARTS:
-            found[f"control_{name}"] = controls
-    found["n_example"] = found["n_example"].astype(np.int64)
-    for name, variable in found.items():
-        said = " ".join(_LONG_NAMES.get(word, word) for word in name.split("_"))
-        variable.attrs = {"units": "", "long_name": said}
+            found[f"control_{name}"] = (
+                *controls[:2],
+                {**attrs, "long_name": f"{attrs['long_name']} on control labels"},
+            )
     return found
 
 
@@ -218,7 +220,8 @@ class Measures:
                 estimate = _PARTS[main](sums[0].sum(0)) - _PARTS[main](total.sum(0))
                 low, high = draws.interval(np.hstack([sums[0], total]), _difference(_PARTS[main]))
                 row |= {"selectivity": estimate, "selectivity_low": low, "selectivity_high": high}
-            rows.append([(row | {"n_example": float(len(label))}).get(name, np.nan) for name in names])
+            row["n_example"] = float(len(label))
+            rows.append([row.get(name, np.nan) for name in names])
             sums.append(total)
         return np.array(rows)
 
@@ -270,7 +273,8 @@ def _classified(
     size = draws.n_document * n_class
     place = document * n_class + label
     right = np.bincount(place, predicted == label, size).reshape(-1, n_class)
-    sums = np.hstack([right, np.bincount(place, minlength=size).reshape(-1, n_class)])
+    every = np.bincount(place, minlength=size).reshape(-1, n_class)
+    sums: Floats = np.hstack([right, every]).astype(np.float64)
     row = {"accuracy": float(_accuracy(sums.sum(0)))}
     if not full:
         return row, sums
@@ -333,7 +337,7 @@ def _regressed(
     off = label - label.mean()  # so that squares of sums and sums of squares do not cancel
     error = label - scores[:, 0]
     parts = (np.ones_like(off), off, off * off, error * error)
-    sums = np.stack([np.bincount(document, part, draws.n_document) for part in parts], axis=-1)
+    sums: Floats = np.stack([np.bincount(document, part, draws.n_document) for part in parts], axis=-1) * 1.0
     row = {"r2": float(_r2(sums.sum(0)))}
     if full:
         row |= zip(_R2[1:], draws.interval(sums, _r2), strict=True)
@@ -356,7 +360,9 @@ def _difference(statistic: Callable[[Floats], Floats]) -> Callable[[Floats], Flo
 
 def _ratio(above: Any, below: Any) -> Floats:
     below = np.asarray(below, dtype=np.float64)
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
+    found: Floats = np.full(np.broadcast(above, below).shape, np.nan)
+    np.divide(above, below, out=found, where=below > 0)
+    return found
 
 
 _PARTS = {"accuracy": _accuracy, "r2": _r2}

@@ -173,6 +173,8 @@ def _mass_mean(coding: Coding, means: Floats) -> Floats:
     found = []
     for of_set in means.reshape(coding.n_set, coding.n_class, -1):
         share = of_set[:, 0] / of_set[:, 0].sum()
+        if not share.all():
+            return np.full((coding.n_set, coding.n_score, means.shape[-1]), np.nan)
         equal = np.full(len(of_set), 1 / len(of_set))
         found.append(_discriminants(of_set[:, 1:], share @ of_set[:, 1:], None, equal))
     return np.stack(found)
@@ -209,10 +211,12 @@ def _ridge(packed: Packed, width: int, coding: Coding, solver: Solver) -> Floats
 
 
 def standard_deviation(variance: Floats, mean: Floats, n: float | Floats) -> Floats:
-    """Its square root, but 1 where a column is constant to rounding, as scikit-learn's StandardScaler has it."""
+    """The square root of a variance, but infinity, so that it has no weight, where a column is constant to rounding, as
+    scikit-learn's StandardScaler defines that.
+    """
     epsilon = np.finfo(np.float64).eps
     constant = variance <= n * epsilon * variance + (n * mean * epsilon) ** 2
-    return np.where(constant, 1.0, np.sqrt(np.where(constant, 1.0, variance)))
+    return np.where(constant, np.inf, np.sqrt(np.where(constant, 1.0, variance)))
 
 
 def _inverse(values: Floats) -> Floats:
@@ -321,7 +325,7 @@ class _Loss:
         return float(total), (gradient / self._stretch).ravel()
 
     def _standardized(self, at: Floats) -> Floats:
-        found = at.reshape(self.shape) / self._stretch
+        found: Floats = at.reshape(self.shape) / self._stretch
         found[..., 1:] = found[..., 1:] @ self._vectors.swapaxes(1, 2)[:, None]
         return found
 

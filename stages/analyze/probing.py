@@ -17,6 +17,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from dask.array.core import slices_from_chunks
+from dask.base import compute
 from dask.graph_manipulation import bind
 from numpy.typing import NDArray
 
@@ -113,31 +114,19 @@ def probe(
     counts = _counts(activations, skip_positions, position)
     examples = _examples(activations, labels, KINDS[kind], counts, validation, controls, seed)
     solver = Solver(kind=kind, C=C, alpha=alphas, standardize=standardize, max_iter=max_iter)
-    measures = Measures(
-        labels=examples.labels,
-        document=examples.document,
-        validation=examples.validation,
-        n_class=examples.coding.n_class,
-        n_bootstrap=n_bootstrap,
-        confidence=confidence,
-        seed=seed,
-    )
+    measures = examples.measures(n_bootstrap, confidence, seed)
     rows = rows_of(value, examples.chosen)
     if kind == "logistic":
         found = _computed(rows, examples, solver, measures, max_bytes)
     else:
-        found = _lazy(rows, examples, solver, measures, again=value.chunks is not None)
-    result = _dataset(activations, examples, solver, measures, found, np.ndim(alpha) == 0)
-    settings: dict[str, Any] = {
-        "position": position,
-        "skip_positions": skip_positions,
-        "standardize": standardize,
-        "seed": seed,
-    }
-    settings |= {"kind": kind, "confidence": confidence, "n_bootstrap": n_bootstrap}
+        found = _lazy(rows, examples, solver, measures, lazy=value.chunks is not None)
+    one_alpha = kind != "ridge" or np.ndim(alpha) == 0
+    result = _dataset(value, examples, solver, measures, found, one_alpha)
+    settings: dict[str, Any] = {"kind": kind, "skip_positions": skip_positions, "standardize": standardize}
+    settings |= {"confidence": confidence, "n_bootstrap": n_bootstrap, "seed": seed}
     settings |= {"C": C} if kind == "logistic" else {}
-    result.attrs = {name: setting for name, setting in settings.items() if setting is not None}
-    return result if value.chunks is not None else result.compute(scheduler="synchronous")
+    settings |= {} if position is None else {"position": position}
+    return result.assign_attrs(settings)
 
 
 def apply_probe(activations: xr.Dataset, result: xr.Dataset) -> xr.DataArray:
@@ -154,19 +143,16 @@ def apply_probe(activations: xr.Dataset, result: xr.Dataset) -> xr.DataArray:
     if result.sizes[width] != value.sizes[width]:
         raise SchemaError(f"the probe has {width} {result.sizes[width]}, the activations {value.sizes[width]}")
     kept = [dim for dim in value.dims if dim not in ("token", width)]
-    for dim in kept:
-        if dim in result.coords and dim in activations.coords:
-            if missing := sorted(
-                set(np.atleast_1d(result[dim].values).tolist()) - set(activations[dim].values.tolist())
-            ):
-                raise SchemaError(f"the probe has {dim} {missing}, which the activations lack")
-            value = value.sel({dim: result[dim].values})
+    for dim in [dim for dim in kept if dim in result.coords]:
+        if missing := sorted(set(np.atleast_1d(result[dim].values).tolist()) - set(value[dim].values.tolist())):
+            raise SchemaError(f"the probe has {dim} {missing}, which the activations lack")
+        value = value.sel({dim: result[dim].values})
     kept = [dim for dim in kept if dim in value.dims]
     template = value.isel({width: 0}, drop=True)
     weight = result["weight"]
     extra = [dim for dim in weight.dims if dim not in (*kept, width)]
     weight, bias = weight.transpose(*kept, *extra, width), result["bias"].transpose(*kept, *extra)
-    parts = [value.transpose(*kept, "token", width), weight, bias]
+    parts: list[Any] = [value.transpose(*kept, "token", width), weight, bias]
     lazy = any(part.chunks is not None for part in parts)
     rows, weights, biases = [da.asarray(part.data) if lazy else part.values for part in parts]
     shape = (*weights.shape[: len(kept)], 1, -1)
@@ -214,6 +200,17 @@ class _Examples:
     @property
     def coding(self) -> Coding:
         return Coding(len(self.sets), len(self.classes))
+
+    def measures(self, n_bootstrap: int, confidence: float, seed: int) -> Measures:
+        return Measures(
+            labels=self.labels,
+            document=self.document,
+            validation=self.validation,
+            n_class=self.coding.n_class,
+            n_bootstrap=n_bootstrap,
+            confidence=confidence,
+            seed=seed,
+        )
 
 
 def _examples(
@@ -323,11 +320,11 @@ def _refuse_empty(labels: NDArray[np.int64], classes: NDArray[Any], validation: 
             )
 
 
-def _lazy(rows: da.Array, examples: _Examples, solver: Solver, measures: Measures, again: bool) -> Found:
+def _lazy(rows: da.Array, examples: _Examples, solver: Solver, measures: Measures, lazy: bool) -> Found:
     train, coding = ~examples.validation, examples.coding
     solution = closed_form(gather(rows, train), examples.labels[:, train], coding, solver)
     # Scored from chunks that are read again once everything is fitted: shared ones would all wait in memory for that.
-    scores = lazy_decision(bind(rows, solution) if again else rows, solution)
+    scores = lazy_decision(bind(rows, solution) if lazy else rows, solution)
     lead = rows.ndim - 2
     shape = (coding.n_set, solver.n_column, len(SPLITS), len(statistics_of(coding.n_class)))
     table = scores.rechunk({lead: -1}).map_blocks(
@@ -338,6 +335,8 @@ def _lazy(rows: da.Array, examples: _Examples, solver: Solver, measures: Measure
         dtype=np.float64,
         meta=np.empty((0,) * (lead + 4)),
     )
+    if not lazy:
+        solution, table = compute(solution, table, scheduler="synchronous")
     return solution, table, {}
 
 
@@ -374,35 +373,27 @@ def _computed(rows: da.Array, examples: _Examples, solver: Solver, measures: Mea
 
 
 def _dataset(
-    activations: xr.Dataset, examples: _Examples, solver: Solver, measures: Measures, found: Found, one_alpha: bool
+    value: xr.DataArray, examples: _Examples, solver: Solver, measures: Measures, found: Found, one_alpha: bool
 ) -> xr.Dataset:
-    value = activations["value"]
-    width = str(value.dims[-1])
+    width, coding, (solution, table, extra) = value.dims[-1], examples.coding, found
     kept = [dim for dim in value.dims if dim not in ("token", width)]
-    lead, coding = len(kept), examples.coding
-    solution, statistics, extra = found
-    of_labels = solution[(*(slice(None),) * lead, 0)]
-    split = of_labels.reshape(*of_labels.shape[:lead], solver.n_column, coding.n_score, 1 + value.sizes[width])
-    scores = ["alpha", "class"]
-    names = (*kept, "set", "alpha", "split", "statistic")
-    coords = {
-        **{dim: activations[dim].reset_coords(drop=True) for dim in (*kept, width) if dim in activations.coords},
-        "split": np.array(SPLITS, dtype=object),  # as Zarr has a type for text of any length, but none for numpy's
-        "control": np.array(examples.sets[1:], dtype=object),
-    }
-    table = xr.DataArray(statistics, dims=names, coords={"statistic": list(statistics_of(coding.n_class))})
-    unit = {"units": _UNITS[solver.kind]}
-    weight = xr.Variable((*kept, *scores, width), split[..., 1:], {"long_name": "weight on activations as they are"})
-    bias = xr.Variable((*kept, *scores), split[..., 0], {"long_name": "bias of the probe", **unit})
-    result = xr.Dataset({"weight": weight, "bias": bias})
-    result = result.isel({"class": 0}) if coding.n_score == 1 else result
-    result = result.assign(variables(table)).assign_coords(coords)
-    if solver.kind == "ridge":
-        result = result.assign_coords(alpha=list(solver.alpha))
-    if solver.kind != "ridge" or one_alpha:
-        result = result.isel(alpha=0)
+    every = (slice(None),) * len(kept)
+    column, score = 0 if one_alpha else slice(None), 0 if coding.n_score == 1 else slice(None)
+    several = [] if one_alpha else ["alpha"]
+    dims = (*kept, *several, *([] if coding.n_score == 1 else ["class"]))
+    parts = solution[(*every, 0)].reshape(*solution.shape[: len(kept)], -1, coding.n_score, solution.shape[-1])
+    parts = parts[(*every, column, score)]
+    result = xr.Dataset(variables(table[(*every, slice(None), column)], kept, several, coding.n_class))
+    result["weight"] = ((*dims, width), parts[..., 1:], {"long_name": "weight on activations as they are"})
+    result["bias"] = (dims, parts[..., 0], {"long_name": "bias of the probe", "units": _UNITS[solver.kind]})
     result = result.assign({name: (kept, held) for name, held in extra.items()})
+    coords = {dim: value[dim].reset_coords(drop=True) for dim in (*kept, width) if dim in (*kept, *value.coords)}
+    # Zarr has a type for text of any length, but none for numpy's.
+    texts = {"split": np.array(SPLITS, dtype=object), "control": np.array(examples.sets[1:], dtype=object)}
+    result = result.assign_coords({**coords, **texts, "document": examples.documents})
+    if solver.kind == "ridge":
+        result = result.assign_coords(alpha=solver.alpha[0] if one_alpha else list(solver.alpha))
     if coding.n_class:
         counts = [np.bincount(measures.labels[0, measures.validation == held]) for held in (False, True)]
         result = result.assign_coords({"class": examples.classes}).assign(class_count=(("split", "class"), counts))
-    return result.assign(held_out=("document", examples.held_out)).assign_coords(document=examples.documents)
+    return result.assign(held_out=("document", examples.held_out))

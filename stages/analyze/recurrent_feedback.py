@@ -151,21 +151,23 @@ def feedback_sweep(
 
     The prompt is the first line and a line break. Feedback is the mean embedding, of length 1, of the last tokens of
     the words of the couplet's family (`token_direction`). The second line is the first that holds any text; its word is
-    the last between blanks, without punctuation behind it and in lower case; it rhymes where it is in the family.
+    the last between blanks, without punctuation behind it and in lower case; it rhymes where it is in the family, which
+    in candle-mi's families the word of the first line is itself: `repeats` says where it came again.
 
-    Gives along `condition` and `couplet`: `line`, `word` (texts) and `rhymes` (bool); `n_rhymes`, `n_rescued` and
-    `n_lost` [condition] (int64), couplets that rhyme, that rhyme now, that no longer do; `baseline_line`,
-    `baseline_word` and `baseline_rhymes` [couplet]; `n_baseline_rhymes`. Coordinates: `first_line` and `family`
-    [couplet], which counts from 1; `first_layer`, `last_layer`, `strength` (NaN: no feedback), `sustained` and `depth`
-    [condition], whose own are texts.
+    Gives along `condition` and `couplet`: `line`, `word` (texts), `rhymes` and `repeats` (bool); `n_rhymes`,
+    `n_rescued` and `n_lost` [condition] (int64), couplets that rhyme, that rhyme now, that no longer do;
+    `baseline_line`, `baseline_word`, `baseline_rhymes` and `baseline_repeats` [couplet]; `n_baseline_rhymes`.
+    Coordinates: `first_line` and `family` [couplet], which counts from 1; `first_layer`, `last_layer`, `strength` (NaN:
+    no feedback), `sustained` and `depth` [condition], whose own are texts.
 
-    Every sequence is run anew for each token while a condition is in force, all of a batch in one forward, until the
-    second line of each is written or `max_new_tokens` are. Greedy text is chaotic: a rounding error can change a line.
+    While a condition is in force every sequence is run anew for each token, all of a batch in one forward, until its
+    second line is written or `max_new_tokens` are. Greedy text is chaotic: a rounding error can change a line.
     Refuses before anything is computed: ModelError for a model without tokenizer, HookError for layers and depths,
     SchemaError for families that are not there and for strengths that are not finite.
     """
     rows = [model.tokenizer.to_tokens(f"{one.line}\n")[0] for one in couplets]
     _check(model, conditions, couplets, families, rows)
+    _check_room(model, max(map(len, rows)), max_new_tokens)
     batches = in_batches(range(len(couplets)), batch_size)
     rhymes_with = [[word.lower() for word in families[one.family]] for one in couplets]
     by_family = {one.family: _direction(model, families[one.family]) for one in couplets}
@@ -174,9 +176,7 @@ def feedback_sweep(
     def written(condition: FeedbackCondition | None) -> tuple[list[str], list[str], list[bool]]:
         lines: list[str] = []
         for some in batches:
-            chosen = [rows[i] for i in some]
-            hooks, recurrence = _acting(condition, chosen, pushes[list(some)])
-            lines += _second_lines(model, chosen, hooks, recurrence, max_new_tokens)
+            lines += _second_lines(model, [rows[i] for i in some], condition, pushes[list(some)], max_new_tokens)
         words = [last_word(line) for line in lines]
         return lines, words, [word in family for word, family in zip(words, rhymes_with, strict=True)]
 
@@ -194,44 +194,49 @@ def _direction(model: Model, words: Sequence[str]) -> Tensor:
     return torch.from_numpy(token_direction(model, words, of="embedding").values)
 
 
-def _acting(
-    condition: FeedbackCondition | None, rows: Sequence[Tensor], pushes_BD: Tensor
-) -> tuple[HookSpec, Recurrence | None]:
-    """What a condition does to a batch of prompts: hooks, and layers that are run again."""
+def _second_lines(
+    model: Model, rows: Sequence[Tensor], condition: FeedbackCondition | None, pushes_BD: Tensor, max_new_tokens: int
+) -> list[str]:
+    """The first line that holds text of what a model writes after each prompt, as far as it is written."""
     if condition is None or condition.depth == 1:
-        return EMPTY, None
+        written = model.generate(rows, max_new_tokens=max_new_tokens)
+        return [_first_line(model, one.token_ids.tolist())[0] for one in written]
+    stops = model.tokenizer.vocabulary.stops
+    ids: list[list[int]] = [[] for _ in rows]
+    going = list(range(len(rows)))
+    for _ in range(max_new_tokens):
+        # Everything is run anew for each token: what is finished need not be, so that every step is a new batch.
+        hooks, recurrence = _acting(condition, [len(rows[i]) for i in going], pushes_BD[going])
+        so_far = [torch.cat((rows[i], rows[i].new_tensor(ids[i]))) for i in going]
+        (step,) = model.stream(so_far, max_new_tokens=1, hooks=hooks, recurrence=recurrence, stops=())
+        for i, token in zip(tuple(going), step, strict=True):
+            ids[i] += [] if token is None or token in stops else [token]
+            if token in stops or _first_line(model, ids[i])[1]:
+                going.remove(i)
+        if not going:
+            break
+    return [_first_line(model, one)[0] for one in ids]
+
+
+def _first_line(model: Model, ids: Sequence[int]) -> tuple[str, bool]:
+    """The first line that holds text, and whether a line break follows it."""
+    line, end, _ = model.tokenizer.to_string(ids, continues=True).lstrip().partition("\n")
+    return line.strip(), bool(end)
+
+
+def _acting(
+    condition: FeedbackCondition, prompt_lengths: Sequence[int], pushes_BD: Tensor
+) -> tuple[HookSpec, Recurrence | None]:
+    """What a condition does to a batch of sequences that begin with prompts: hooks, and layers that are run again."""
     if condition.strength is None:
         return EMPTY, Recurrence(first=condition.first, last=condition.last, depth=condition.depth)
     point, hooks = HookPoint("hook_resid_pre", condition.first), EMPTY
-    for number, row in enumerate(rows):
-        push = Add(pushes_BD[number], scale=condition.strength).at(sequence=number, position=len(row) - 1)
+    for number, length in enumerate(prompt_lengths):
+        push = Add(pushes_BD[number], scale=condition.strength).at(sequence=number, position=length - 1)
         hooks = hooks.intervene(point, push)
     if condition.sustained:
         hooks = hooks.intervene(point, Add(pushes_BD, scale=condition.strength).at(position=-1))
     return hooks, None
-
-
-def _second_lines(
-    model: Model, rows: Sequence[Tensor], hooks: HookSpec, recurrence: Recurrence | None, max_new_tokens: int
-) -> list[str]:
-    """The first line that holds text of what a model writes after each prompt, as far as it is written."""
-    stops = tuple(model.tokenizer.vocabulary.stops)
-    ids: list[list[int]] = [[] for _ in rows]
-    lines = ["" for _ in rows]
-    steps = model.stream(rows, max_new_tokens=max_new_tokens, hooks=hooks, stops=stops, recurrence=recurrence)
-    over = [False] * len(rows)
-    for step in steps:
-        for number, token in enumerate(step):
-            if token is None or token in stops:
-                over[number] = True
-            elif not over[number]:
-                ids[number].append(token)
-                text = model.tokenizer.to_string(ids[number], continues=True).lstrip()
-                lines[number], *rest = text.split("\n", 1)
-                over[number] = bool(rest)
-        if all(over):
-            break
-    return [line.strip() for line in lines]
 
 
 _Written = tuple[list[str], list[str], list[bool]]
@@ -250,12 +255,14 @@ def _labelled(
         "line": (both, _texts([one[0] for one in changed])),
         "word": (both, _texts([one[1] for one in changed])),
         "rhymes": (both, rhymes),
+        "repeats": (both, np.array([_repeats(couplets, one[1]) for one in changed])),
         "n_rhymes": ("condition", rhymes.sum(1), {"long_name": "couplets that rhyme", "units": "couplets"}),
         "n_rescued": ("condition", (rhymes & ~before).sum(1), {"long_name": "that rhyme now", "units": "couplets"}),
         "n_lost": ("condition", (~rhymes & before).sum(1), {"long_name": "that rhyme no longer", "units": "couplets"}),
         "baseline_line": ("couplet", _texts(plain[0])),
         "baseline_word": ("couplet", _texts(plain[1])),
         "baseline_rhymes": ("couplet", before),
+        "baseline_repeats": ("couplet", _repeats(couplets, plain[1])),
         "n_baseline_rhymes": ((), int(before.sum()), {"long_name": "couplets that rhyme plainly", "units": "couplets"}),
     }
     strengths = [math.nan if one.strength is None else one.strength for one in conditions]
@@ -271,6 +278,10 @@ def _labelled(
         "depth": ("condition", [one.depth for one in conditions]),
     }
     return xr.Dataset(variables, coords=coords)
+
+
+def _repeats(couplets: Sequence[Couplet], words: Sequence[str]) -> NDArray[np.bool_]:
+    return np.array([last_word(one.line) == word for one, word in zip(couplets, words, strict=True)])
 
 
 def _texts(texts: Sequence[str] | Sequence[Sequence[str]]) -> NDArray[np.object_]:
@@ -295,3 +306,12 @@ def _check(
             raise SchemaError(f"feedback of a strength of {condition.strength} cannot be given: it must be finite")
         loop = Recurrence(first=condition.first, last=condition.last, depth=condition.depth)
         loop.check(model.spec, [len(row) for row in rows])
+
+
+def _check_room(model: Model, length: int, max_new_tokens: int) -> None:
+    n_ctx = model.spec.n_ctx
+    if max_new_tokens < 1 or (n_ctx is not None and length + max_new_tokens > n_ctx):
+        raise SchemaError(
+            f"{max_new_tokens:,} new tokens after prompts of up to {length:,} cannot be written: at least 1, in a "
+            f"context of {n_ctx:,}"
+        )

@@ -73,7 +73,7 @@ def accumulated_resid(
 
     Arguments are those of `decompose_resid`, as are the dimensions, labels and laziness of the result: components
     `0_pre`, `0_mid`, `0_post`, `1_mid` and so on, of the kinds resid_pre, resid_mid and resid_post. `logit_lens` reads
-    it as it is. Of the stores' arrays nothing is copied.
+    it as it is.
 
     SchemaError where something is not captured: `blocks.*.hook_resid_post`; with `mid`, `hook_resid_mid`, which models
     whose attention and MLP stand side by side do not have; and for the first, `blocks.0.hook_resid_pre` or `hook_embed`
@@ -154,10 +154,7 @@ def parts_of(
     return parts
 
 
-# ── how a module's output reaches the stream ─────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Module:
     """Attention or time mixing, "attn", or MLP or channel mixing, "mlp", of a block: what is known of its output."""
 
@@ -170,12 +167,6 @@ class Module:
     @property
     def is_biased(self) -> bool:
         return self.bias is not None or (self.norm is not None and self.norm.bias is not None)
-
-    @property
-    def raw(self) -> HookPoint:
-        """The point of the output before norm and multiplier."""
-        at = "rwkv" if self.spec.rwkv is not None and self.name == "attn" else self.name
-        return HookPoint(f"{at}.hook_out", self.layer)
 
     def components(self, *own: Component) -> tuple[Component, ...]:
         bias = Component(f"{self.layer}_{self.name}_bias", f"{self.name}_bias", self.layer)
@@ -201,18 +192,15 @@ class Module:
 
 def modules_of(model: Model | Unembedding, layer: int) -> tuple[Module, Module]:
     """Attention and MLP of a block; nothing is known of their biases and norms where there are no weights."""
-    spec = model.spec
-    if isinstance(model, Unembedding):
-        unknown = (Module(name=name, layer=layer, spec=spec, bias=None, norm=None) for name in ("attn", "mlp"))
-        return next(unknown), next(unknown)
-    if spec.rwkv is not None:
-        mixing = model.weights.rwkv_blocks[layer]
-        biases, norms = (None, None), (mixing.ln1_post, mixing.ln2_post)
-    else:
+    attn: tuple[Tensor | None, Norm | None] = (None, None)
+    mlp = attn
+    if isinstance(model, Model) and model.spec.rwkv is None:
         block = model.weights.blocks[layer]
-        biases, norms = (block.out_bias, block.down_bias), (block.ln1_post, block.ln2_post)
-    first = Module(name="attn", layer=layer, spec=spec, bias=biases[0], norm=norms[0])
-    return first, Module(name="mlp", layer=layer, spec=spec, bias=biases[1], norm=norms[1])
+        attn, mlp = (block.out_bias, block.ln1_post), (block.down_bias, block.ln2_post)
+    elif isinstance(model, Model):
+        mixing = model.weights.rwkv_blocks[layer]
+        attn, mlp = (None, mixing.ln1_post), (None, mixing.ln2_post)
+    return Module("attn", layer, model.spec, *attn), Module("mlp", layer, model.spec, *mlp)
 
 
 def root_mean_square(centred: Tensor, spec: ModelSpec) -> Tensor:
@@ -234,19 +222,11 @@ def _whole(module: Module) -> Part:
     added, bias = HookPoint(f"hook_{module.name}_out", module.layer), module.bias
     if not module.is_biased:
         return Part((added,), components, _as_it_is)
-    if module.norm is not None:
-
-        def through_norm(x: Tensor) -> Tensor:
-            return module.write((x if bias is None else x - bias.float())[None])
-
-        return Part((module.raw,), components, through_norm)
-
-    def apart(x: Tensor) -> Tensor:
-        assert bias is not None
-        own = (bias.float() * module.spec.residual_scale).expand_as(x)
-        return torch.stack([x - own, own])
-
-    return Part((added,), components, apart)
+    if module.norm is not None or bias is None:
+        raw = HookPoint(f"{module.name}.hook_out", module.layer)
+        return Part((raw,), components, lambda x: module.write((x if bias is None else x - bias.float())[None]))
+    own = bias.float() * module.spec.residual_scale
+    return Part((added,), components, lambda x: torch.stack([x - own, own.expand_as(x)]))
 
 
 def _by_head(module: Module, model: Model) -> Part:
@@ -267,8 +247,7 @@ def _by_neuron(module: Module, model: Model, chosen: Sequence[int]) -> Part:
 
     def split(post: Tensor, gate: Tensor | None = None) -> Tensor:
         W_out = views.W_out(layer).float()
-        rest = post.clone()
-        rest[:, some] = 0
+        rest = post.index_fill(1, torch.tensor(some, device=post.device), 0.0)
         return module.write(torch.cat([post[:, some].T[..., None] * W_out[some, None], (rest @ W_out)[None]]), gate)
 
     return Part(neuron_points(model.spec, layer), module.components(*own), split)
@@ -278,9 +257,6 @@ def neuron_points(spec: ModelSpec, layer: int) -> tuple[HookPoint, ...]:
     """What must be captured of an MLP's neurons: their activations, and what their sum is multiplied by in RWKV-6."""
     gated = spec.rwkv is not None and spec.rwkv.version == 6
     return tuple(HookPoint(kind, layer) for kind in ("mlp.hook_post", *["mlp.hook_receptance"] * gated))
-
-
-# ── reading what was captured ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -413,7 +389,7 @@ def _thinner(value: xr.Variable, most: int) -> xr.Variable:
     """The same in chunks of at most this many tokens, where it is chunked. None are merged."""
     chunks = value.chunksizes.get("token", ())
     pieces = tuple(min(most, size - at) for size in chunks for at in range(0, max(size, 1), most))
-    return value.chunk(token=pieces) if chunks else value
+    return value.chunk({"token": pieces}) if chunks else value
 
 
 def beyond_of(spec: ModelSpec, layer: int | None) -> int:

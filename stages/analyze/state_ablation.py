@@ -78,7 +78,7 @@ def state_sweep(
 
     `layers` and `positions` (None: all) are those swept; what tokens write to `heads` (None: all) is multiplied by
     `scale`: 0 leaves it out, 1 changes nothing. The prediction is that at the position of `metric`, at the last one
-    without a metric. `tokens` are ids, or words that stand for the last token of themselves after a space.
+    without a metric. `tokens` are ids, or words, as `find_token_id(word, last=True)` finds them.
 
     Gives [layer, position], float32: `kl_divergence` (nats) from the model as it is; with a metric `effect`, changed −
     base; with tokens `probability` and `logit_difference` [layer, position, vocab], base − changed. Without those

@@ -218,42 +218,60 @@ def mean_by(
     "token_id") == 13`. `groups` are the values looked for, which become a coordinate; a number n stands for 0 to n − 1.
     Tokens of no such group, tokens with NaN, and the first `skip_positions` of a sequence do not count.
 
-    Gives `n_token[…, by]` (int64) and `mean[…, by, width]` (float64; NaN for a group without tokens), the dimension
-    being called as `by` is, or "group". Memory: a chunk a thread, and groups × width numbers an entry and chunk being
+    Gives `n_token[…, by]` (int64), `mean[…, by, width]` (float64; NaN for a group without tokens), and `variance[…,
+    by]` (float64, NaN for fewer than two): the mean squared distance from the group's mean, n − 1; divided by
+    `n_token`, it is the squared error of the mean that is to be expected. The dimension is called as `by` is, or
+    "group". Memory: a chunk a thread, and groups × width numbers an entry and chunk being
     merged. SchemaError for what is no such node, mask or label.
     """
     rows = token_rows(activations, "a mean by group")
     *kept, _, width = map(str, rows.dims)
     name, values, number = _groups(activations, by, groups)
     packed = reduce_tokens(
-        partial(_sums_of_block, n_group=len(values)),
-        np.add,
+        partial(_means_of_block, n_group=len(values)),
+        _merged_means,
         rows,
         (number.where(counted(activations, skip_positions, where), -1),),
-        shape=(len(values), 1 + rows.sizes[width]),
+        shape=(len(values), 2 + rows.sizes[width]),
     )
-    sums = xr.DataArray(packed, dims=(*kept, name, width), coords={**rows.drop_vars(width, errors="ignore").coords})
-    n = sums.isel({width: 0})
-    found = xr.Dataset(
+    found = xr.DataArray(packed, dims=(*kept, name, width), coords=rows.drop_vars(width, errors="ignore").coords)
+    n, scatter = found.isel({width: 0}), found.isel({width: 1})
+    result = xr.Dataset(
         {
             "n_token": n.astype(np.int64).assign_attrs(units="tokens", long_name="tokens counted"),
-            "mean": (sums.isel({width: slice(1, None)}) / n.where(n > 0)).assign_attrs(long_name="mean"),
+            "mean": found.isel({width: slice(2, None)}).where(n > 0).assign_attrs(long_name="mean"),
+            "variance": (scatter / (n - 1).where(n > 1)).assign_attrs(long_name="variance about the group's mean"),
         }
     )
-    return found.assign_coords(rows.coords).assign_coords({name: values})
+    return result.assign_coords(rows.coords).assign_coords({name: values})
 
 
-def _sums_of_block(rows: NDArray[Any], number: NDArray[Any], *, n_group: int) -> NDArray[np.float64]:
+def _means_of_block(rows: NDArray[Any], number: NDArray[Any], *, n_group: int) -> NDArray[np.float64]:
+    """Of a block, [..., group, 2 + width]: the number of tokens, their scatter about the mean, and the mean."""
     from scipy.sparse import csr_array
 
-    found = np.zeros((*rows.shape[:-2], n_group, 1 + rows.shape[-1]))
+    found = np.zeros((*rows.shape[:-2], n_group, 2 + rows.shape[-1]))
     for place in np.ndindex(*rows.shape[:-2]):
         for first in range(0, len(number), ROWS_AT_ONCE):
             group, some = number[first : first + ROWS_AT_ONCE], rows[place][first : first + ROWS_AT_ONCE]
-            kept = np.flatnonzero((group >= 0) & ~np.isnan(some).any(-1))
-            chosen = csr_array((np.ones(len(kept)), (group[kept], np.arange(len(kept)))), shape=(n_group, len(kept)))
-            found[place][:, 0] += np.bincount(group[kept], minlength=n_group)
-            found[place][:, 1:] += chosen @ some[kept].astype(np.float64)
+            kept = (group >= 0) & ~np.isnan(some).any(-1)
+            group, some = group[kept], some[kept].astype(np.float64)
+            part = np.zeros_like(found[place])
+            part[:, 0] = np.bincount(group, minlength=n_group)
+            chosen = csr_array((np.ones(len(group)), (group, np.arange(len(group)))), shape=(n_group, len(group)))
+            part[:, 2:] = (chosen @ some) / part[:, :1].clip(min=1)
+            some -= part[group, 2:]
+            part[:, 1] = np.bincount(group, np.einsum("tw,tw->t", some, some), n_group)
+            found[place] = _merged_means(found[place], part)
+    return found
+
+
+def _merged_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    found = a + b
+    share = np.divide(b[..., 0], found[..., 0], out=np.zeros_like(b[..., 0]), where=found[..., 0] > 0)
+    between = b[..., 2:] - a[..., 2:]
+    found[..., 1] += a[..., 0] * share * np.square(between).sum(-1)
+    found[..., 2:] = a[..., 2:] + between * share[..., None]
     return found
 
 

@@ -37,7 +37,7 @@ LEAST_ATTENTION = 1e-10
 
 Vector: TypeAlias = Tensor | NDArray[np.floating] | xr.DataArray
 Tokens: TypeAlias = int | str | Sequence[int | str]
-"""Tokens of the vocabulary: their ids, or words, of which the last token is meant."""
+"""Tokens of the vocabulary: their ids, or words, as `find_token_id(word, last=True)` finds them."""
 Unit: TypeAlias = Literal["direction", "residual_norm"]
 _T = TypeVar("_T")
 
@@ -114,7 +114,7 @@ def edge_attention(
         pattern = model.forward(some, HookSpec().capture(point), logits=False)[point]
         for row, weights in zip(some, pattern, strict=True):
             found.append(float(weights[:, : len(row), : len(row)].float()[marked[len(row)]].mean()))
-    attrs = {"long_name": "attention along the edges, mean over heads and edges", "units": "attention"}
+    attrs = {"long_name": "attention along the edges", "units": "mean weight"}
     coords = {"sequence": np.arange(len(rows)), "layer": layer}
     return xr.DataArray(
         np.array(found, dtype=np.float32), dims="sequence", coords=coords, name="attention", attrs=attrs
@@ -161,7 +161,7 @@ def dose_response(
     """What the prediction at `position` becomes when edges of attention are multiplied by each of `doses`.
 
     `edges` are (query, key) pairs as `SteerAttention` takes them, in one `layer` (the middle one by default) and some
-    `heads` (all). `tokens` are ids, or words that stand for the last token of themselves after a space.
+    `heads` (all). `tokens` are ids, or words, as `find_token_id(word, last=True)` finds them.
 
     Gives, all float32 along `dose`: `attention`, the mean weight of the edges over themselves and the heads, after
     steering; `kl_divergence` (nats) from the model that is not steered; with tokens also `probability` and
@@ -197,10 +197,9 @@ def dose_response(
     weights = torch.cat(attention).numpy()
     curve = prediction_change(model, base, torch.cat(steered), "dose", asked)
     curve = curve.assign(attention=("dose", weights[1:]), baseline_attention=weights[0])
-    named = "attention along the edges, mean over heads and edges"
-    curve["attention"].attrs = {"long_name": named, "units": "attention"}
-    curve["baseline_attention"].attrs = {"long_name": f"{named}, unsteered", "units": "attention"}
-    attrs = {"long_name": "scale of the edges", "units": "1"}
+    curve["attention"].attrs = {"long_name": "attention along the edges", "units": "mean weight"}
+    curve["baseline_attention"].attrs = {"long_name": "attention, unsteered", "units": "mean weight"}
+    attrs = {"long_name": "scale of the edges", "units": "ratio"}
     return curve.assign_coords(dose=("dose", np.asarray(doses, dtype=np.float64), attrs), layer=layer)
 
 
@@ -251,7 +250,7 @@ def direction_dose_response(
         steered.append(logits_at(model, ids.expand(len(some), -1), hooks, place))
     curve = prediction_change(model, base, torch.cat(steered), "dose", asked)
     relative = np.abs(np.asarray(doses)) * float((of_one_PD.norm(dim=-1) / norms_P).mean())
-    attrs = {"long_name": "length of what is added over that of what stands there", "units": "1"}
+    attrs = {"long_name": "length of what is added over what stands there", "units": "ratio"}
     curve["relative_norm"] = ("dose", relative.astype(np.float32), attrs)
     attrs = {"long_name": "dose", "units": _UNITS[unit]}
     return curve.assign_coords(dose=("dose", np.asarray(doses, dtype=np.float64), attrs), layer=layer)
@@ -335,9 +334,9 @@ def prediction_change(
     probability, before = changed.double().softmax(-1)[:, ids], base.double().softmax(-1)[ids]
     lowered = (base.double()[ids] - changed.double()[:, ids]).float()
     of_tokens = {
-        "probability": ((dim, "vocab"), probability.float(), "probability, changed", "probability"),
-        "logit_difference": ((dim, "vocab"), lowered, "logit, base − changed", "logit"),
-        "baseline_probability": ("vocab", before.float(), "probability, unchanged", "probability"),
+        "probability": ((dim, "vocab"), probability.float(), "of the token, changed", "probability"),
+        "logit_difference": ((dim, "vocab"), lowered, "base − changed", "logit"),
+        "baseline_probability": ("vocab", before.float(), "of the token, unchanged", "probability"),
     }
     for name, (dims, value, long_name, units) in of_tokens.items():
         found[name] = (dims, value.numpy(), {"long_name": long_name, "units": units})

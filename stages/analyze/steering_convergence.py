@@ -45,15 +45,20 @@ def steering_convergence(
     """Inject v_ℓ · `strength` into the last token of `prompt` after each layer ℓ in turn, and follow what comes of it.
 
     `contrastive` is read for its last token alone and may have another length. `layers` are those injected into, all by
-    default. `tokens` are ids, or words that stand for the last token of themselves after a space.
+    default. `tokens` are ids, or words, as `find_token_id(word, last=True)` finds them.
 
     Gives `cosine` [injection_layer, layer] (float32) of the last token's residual stream after each layer with that of
-    the same layer without injection, 1 below the injection; `absorption_layer` [injection_layer] (int32), the first
-    layer above the injection where it is at least `threshold`, −1 where there is none, as there is none above the last
-    layer; `absorption_depth` (float32), by how many layers that is above, else NaN; `kl_divergence` (nats) of the
-    prediction after the last token, and with tokens `probability` and `logit_difference` [injection_layer, vocab].
+    the same layer without injection, 1 below the injection; `distance` [injection_layer, layer] (float32), the length
+    of their difference over that of the stream without injection; `absorption_layer` [injection_layer] (int32), the
+    first layer above the injection whose cosine is at least `threshold`, −1 where there is none, as there is none above
+    the last layer; `absorption_depth` (float32), by how many layers that is above, else NaN; `kl_divergence` (nats) of
+    the prediction after the last token, and with tokens `probability` and `logit_difference` [injection_layer, vocab].
     `direction_norm` [injection_layer] is the length of v_ℓ. Without a dimension: `best_injection_layer`, the highest
     that is absorbed, and where none is the one with the least divergence; `baseline_probability` [vocab].
+
+    Tokens of one kind have much in common, which a cosine counts as likeness: where that at the injection itself, the
+    diagonal of `cosine`, is above the threshold already, there was nothing to be absorbed, and `distance` alone tells
+    whether layers above lead back.
 
     A forward for `batch_size` layers. Memory: their activations in one layer, and two vectors of each layer.
     SchemaError, ModelError and HookError for what is not there, before anything is computed.
@@ -131,7 +136,7 @@ def _followed(
     )
     natural_LD = torch.stack(natural)
     v_LD = natural_LD - torch.stack(contrast)
-    cosines: list[NDArray[np.float32]] = []
+    likeness: list[Tensor] = []
     changed: list[Tensor] = []
     for variants in batches:
         seen: list[Tensor] = []
@@ -142,16 +147,20 @@ def _followed(
 
         def compare(point: HookPoint, value: Tensor, seen: list[Tensor] = seen) -> None:
             assert point.layer is not None
-            seen.append(torch.cosine_similarity(value[:, -1].double(), natural_LD[point.layer].double(), dim=-1).cpu())
+            here_D, value_BD = natural_LD[point.layer].double(), value[:, -1].double()
+            away_B = (value_BD - here_D).norm(dim=-1) / here_D.norm()
+            seen.append(torch.stack((torch.cosine_similarity(value_BD, here_D, dim=-1), away_B), -1).cpu())
 
         changed.append(logits_at(model, ids.expand(len(variants), -1), hooks, -1, sink=compare))
-        cosines.append(torch.stack(seen, 1).float().numpy())
+        likeness.append(torch.stack(seen, 1).float())
     found = prediction_change(model, base, torch.cat(changed), dim, tokens)
+    cosine, distance = torch.cat(likeness).numpy().transpose(2, 0, 1)
     injected = np.array([layer for variants in batches for layer, _ in variants])
-    at = _absorption(np.concatenate(cosines), injected, threshold)
+    at = _absorption(cosine, injected, threshold)
     depth = np.where(at == NEVER, np.nan, at - injected).astype(np.float32)
     told = {
-        "cosine": ((dim, "layer"), np.concatenate(cosines), "cosine with the stream without injection", "1"),
+        "cosine": ((dim, "layer"), cosine, "with the stream without injection", "cosine"),
+        "distance": ((dim, "layer"), distance, "from the stream without injection", "lengths of it"),
         "absorption_layer": (dim, at, f"first layer above with a cosine ≥ {threshold:g}; −1: none", "layer"),
         "absorption_depth": (dim, depth, "layers from injection to absorption", "layers"),
         "direction_norm": (dim, v_LD.norm(dim=-1).cpu().numpy()[injected], "length of v", "residual stream"),

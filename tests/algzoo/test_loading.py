@@ -104,12 +104,20 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
         (changed(hh=torch.zeros(3, 2)), r"rnn.weight_hh_l0 is \[3, 2\], expected \[2, 2\]"),
         (changed(linear=None), "no matrix 'linear.weight'"),
         (changed(ih=torch.full((2, 1), torch.nan)), "NaN or infinity in 'rnn.weight_ih_l0'"),
-        (changed(ih=torch.ones(2, 1, dtype=torch.int64)), "'rnn.weight_ih_l0' .* no tensor of floating-point"),
+        (
+            changed(ih=torch.ones(2, 1, dtype=torch.int64)),
+            "'rnn.weight_ih_l0' .* no name of a tensor of floating-point",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(weights: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_algzoo(weights, task="2nd_argmax")
+
+
+def test_tensors_without_names_are_refused() -> None:
+    with pytest.raises(ModelError, match="3 in the tensors is no name of a tensor"):
+        load_algzoo({3: torch.ones(2)}, task="2nd_argmax")  # type: ignore[dict-item]
 
 
 def test_a_length_that_contradicts_the_tensors_is_refused() -> None:

@@ -18,8 +18,10 @@ import forebay
 from forebay.stages.analyze import ablation as module
 from forebay.stages.analyze.ablation import ablation_effect
 from forebay.stages.analyze.metrics import Logit, LogProbability
+from forebay.stages.analyze.tokens import as_run
 from forebay.stages.models.errors import HookError
 from forebay.stages.models.model import Model
+from forebay.stages.models.taps import HookSpec
 from forebay.stores.errors import SchemaError
 
 from .hooked_llama import put, run
@@ -202,6 +204,15 @@ def test_what_is_outside_the_blocks_has_no_layer(model: Model, tiny_model: Path,
     mean = rows_of_global(store)
     edits = {("hook_resid_pre", 0): put(mean, [3])}
     close(found["hook_embed"][0, 3], logit(tiny_model, 0, edits))
+
+
+def test_the_captures_of_a_forward_are_a_store_too(model: Model, tiny_model: Path) -> None:
+    hooks = HookSpec().capture("blocks.*.hook_mlp_out")
+    held = as_run(model.forward([[4, 8, 15, 16], [23, 42]], hooks, logits=False))
+    found = ablation_effect(model, PROMPTS, "hook_mlp_out", metric=METRIC, kind="mean", from_=held, layers=[1])
+    mean = held["activations/hook_mlp_out"]["value"].values[1, [1, 2, 3, 5]].mean(0)
+    edits = {("hook_mlp_out", 1): put(torch.from_numpy(mean), range(1, 4))}
+    close(found["hook_mlp_out"][1, 0], logit(tiny_model, 1, edits))
 
 
 def rows_of_global(store: xr.DataTree) -> Tensor:

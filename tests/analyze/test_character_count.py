@@ -152,6 +152,10 @@ def test_the_manifold_is_numpys_and_scikit_learns(run: xr.DataTree, chunks: dict
         assert np.isnan(one["projection"][~there]).all()
         unit = rows / np.linalg.norm(rows, axis=1)[:, None]
         np.testing.assert_allclose(one["cosine"], unit @ unit.T, atol=1e-9)
+        noise = sum(
+            float(spread) / int(n) for spread, n in zip(one["variance"], one["n_token"], strict=True) if int(n) > 1
+        )
+        np.testing.assert_allclose(one["sampling_fraction"], noise / np.nansum(rows**2), rtol=1e-9)
     assert int(found["n_token"].sel(layer=0).sum()) == ((counts > 0) & (node["position"] > 0)).sum()
 
 
@@ -169,6 +173,8 @@ def test_a_curve_of_counts_in_the_activations_comes_out_as_it_went_in() -> None:
         node.chunk({"token": 25_000}), xr.DataArray(counts, dims="token"), max_count=24, n_components=3
     ).compute()
     assert float(found["explained_variance_ratio"][:2].sum()) > 0.98
+    # Each of 24 means of about 1,500 tokens in 9 dimensions is off by a square of 9 / 1,500; each is 1 from the centre.
+    assert float(found["sampling_fraction"]) == pytest.approx(9 / 1500, rel=0.1)
     np.testing.assert_allclose(np.linalg.norm(found["projection"][:, :2], axis=1), 1, atol=0.15)
     apart = found["cosine"].sel(character_count=3)
     assert int(apart.values.argmin()) + 1 in range(13, 18)  # half a turn away

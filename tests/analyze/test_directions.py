@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 import forebay
 from forebay.stages.analyze.directions import contrastive_direction, mean_difference, separation, token_direction
+from forebay.stages.analyze.tokens import as_run, label
 from forebay.stages.models.model import Model
 from forebay.stores.errors import SchemaError
 
@@ -140,6 +142,26 @@ def test_a_direction_of_one_layer_is_measured_in_every_layer() -> None:
     assert found["cohens_d"].dims == ("layer",)
     by_layer = separation(node().sel(layer=5), xr.DataArray(np.ones(WIDTH), dims="d_model"), mask(positive()))
     assert by_layer["cohens_d"].item() == pytest.approx(found["cohens_d"].sel(layer=5).item())
+
+
+def test_a_store_and_the_captures_of_one_forward_have_the_same_direction(
+    model: Model, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tokenize={"context": 64, "layout": "documents", "long_documents": "split"})
+    assert forebay.run(recipe, tmp_path / "run").code == 0
+    run = forebay.open_run(tmp_path / "run", chunks={"token": 50})
+    rows = [ids.values.tolist() for _, ids in run["tokens"].to_dataset()["token_id"].groupby("sequence")]
+    forward = model.forward(rows, forebay.HookSpec().capture("blocks.*.hook_resid_post"), logits=False)
+    found = []
+    for tree in (run, as_run(forward)):
+        held = tree["activations/hook_resid_post"].to_dataset()
+        frequent = label(held, "token_id") < 150
+        with dask.config.set(scheduler=computes_nothing):
+            lazy = mean_difference(held, frequent)
+        found.append(lazy.compute())
+    assert found[0]["n_positive"][0] > 50
+    for name in ("direction", "n_positive", "n_negative"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,12 @@ STORED = [
     "blocks.*.{hook_attn_out,hook_mlp_out,attn.hook_z,mlp.hook_post,hook_resid_post}",
     "ln_final.hook_scale",
 ]
+HOOKS = HookSpec().capture(
+    "hook_*embed",
+    "blocks.*.hook_*",
+    "blocks.*.{attn.hook_z,attn.hook_out,mlp.hook_post,mlp.hook_out}",
+    "ln_final.hook_scale",
+)
 TOKENS = [17, 100, 3]
 AGAINST = [44, 0, 3]
 
@@ -50,7 +56,12 @@ def model(both: tuple[PreTrainedModel, Model]) -> Model:
 
 @pytest.fixture(scope="module")
 def forward(model: Model) -> Forward:
-    return model.forward(ROWS, HookSpec().capture("*"))
+    return model.forward(ROWS, HOOKS)
+
+
+@pytest.fixture(scope="module")
+def captures(forward: Forward) -> xr.DataTree:
+    return as_run(forward)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +90,9 @@ def contributions(expected: ByHand, model: Model, name: str) -> Tensor:
 
 @pytest.mark.parametrize("settings", [{}, {"heads": True}, {"heads": True, "neurons": NEURONS}])
 def test_contributions_add_up_to_transformers_logits(
-    forward: Forward, model: Model, expected: ByHand, settings: dict[str, Any]
+    captures: xr.DataTree, model: Model, expected: ByHand, settings: dict[str, Any]
 ) -> None:
-    found = logit_attribution(forward, model, TOKENS, **settings)
+    found = logit_attribution(captures, model, TOKENS, **settings)
     assert found["attribution"].dims == ("component", "token", "vocab")
     assert found["attribution"].dtype == np.float32
     assert found["vocab"].values.tolist() == TOKENS
@@ -91,9 +102,9 @@ def test_contributions_add_up_to_transformers_logits(
 
 
 def test_each_component_adds_what_the_frozen_norm_and_the_head_make_of_it(
-    forward: Forward, model: Model, expected: ByHand
+    captures: xr.DataTree, model: Model, expected: ByHand
 ) -> None:
-    found = logit_attribution(forward, model, TOKENS, heads=True, neurons=NEURONS)
+    found = logit_attribution(captures, model, TOKENS, heads=True, neurons=NEURONS)
     extra = {"ln_final_bias", "unembed_bias"}
     names = [name for name in found["component"].values.tolist() if name not in extra]
     assert {"embed", "L0H0", "L3H8", "L1N51", "1_mlp_rest", "2_mlp_out"} < set(names)
@@ -102,8 +113,8 @@ def test_each_component_adds_what_the_frozen_norm_and_the_head_make_of_it(
         assert close(found["attribution"].sel(component=name), theirs, expected.logits), name
 
 
-def test_the_bias_of_the_final_norm_is_a_component(forward: Forward, model: Model, expected: ByHand) -> None:
-    found = logit_attribution(forward, model, TOKENS)
+def test_the_bias_of_the_final_norm_is_a_component(captures: xr.DataTree, model: Model, expected: ByHand) -> None:
+    found = logit_attribution(captures, model, TOKENS)
     bias = getattr(expected.final_norm, "bias", None)
     assert ("ln_final_bias" in found["component"]) == (bias is not None)
     if bias is not None:
@@ -111,37 +122,37 @@ def test_the_bias_of_the_final_norm_is_a_component(forward: Forward, model: Mode
         assert close(found["attribution"].sel(component="ln_final_bias"), theirs, expected.logits)
 
 
-def test_a_difference_of_logits_is_attributed_as_one(forward: Forward, model: Model, expected: ByHand) -> None:
-    several = logit_attribution(forward, model, TOKENS, against=AGAINST, heads=True)
+def test_a_difference_of_logits_is_attributed_as_one(captures: xr.DataTree, model: Model, expected: ByHand) -> None:
+    several = logit_attribution(captures, model, TOKENS, against=AGAINST, heads=True)
     assert several["attribution"].attrs["units"] == "logit difference"
     theirs = expected.logits[:, TOKENS] - expected.logits[:, AGAINST]
     assert close(several["logit"], theirs, expected.logits)
     assert (several["attribution"].sel(vocab=3) == 0).all()
-    one = logit_attribution(forward, model, 17, against=44, heads=True)
+    one = logit_attribution(captures, model, 17, against=44, heads=True)
     assert one["attribution"].dims == ("component", "token")
     np.testing.assert_allclose(one["attribution"], several["attribution"].sel(vocab=17), atol=1e-5)
-    same = logit_attribution(forward, model, TOKENS, against=44)["logit"].sel(vocab=17)
+    same = logit_attribution(captures, model, TOKENS, against=44)["logit"].sel(vocab=17)
     np.testing.assert_allclose(same, several["logit"].sel(vocab=17), atol=1e-4)
 
 
-def test_every_token_can_have_an_id_of_its_own(forward: Forward, model: Model, expected: ByHand) -> None:
+def test_every_token_can_have_an_id_of_its_own(captures: xr.DataTree, model: Model, expected: ByHand) -> None:
     """The tokens that follow: of none, nothing is said."""
-    following = next_tokens(as_run(forward)["activations/hook_embed"])
+    following = next_tokens(captures["activations/hook_embed"])
     assert following.values.tolist().count(-1) == 3
-    found = logit_attribution(forward, model, following, heads=True)
+    found = logit_attribution(captures, model, following, heads=True)
     ids = following.values
     theirs = expected.logits.gather(1, torch.from_numpy(ids).clamp(min=0)[:, None])[:, 0]
     there = ids >= 0
     assert close(found["logit"][there], theirs[there], expected.logits)
     assert np.isnan(found["attribution"][:, ~there]).all()
     np.testing.assert_array_equal(found["attributed_token_id"], ids)
-    less = logit_attribution(forward, model, following, against=44)["logit"]
+    less = logit_attribution(captures, model, following, against=44)["logit"]
     assert close(less[there], (theirs - expected.logits[:, 44])[there], expected.logits)
 
 
-def test_a_decomposition_that_is_made_gives_the_same(forward: Forward, model: Model) -> None:
-    whole = logit_attribution(forward, model, TOKENS, heads=True, neurons=NEURONS)
-    made = decompose_resid(forward, model, heads=True, neurons=NEURONS)
+def test_a_decomposition_that_is_made_gives_the_same(captures: xr.DataTree, model: Model) -> None:
+    whole = logit_attribution(captures, model, TOKENS, heads=True, neurons=NEURONS)
+    made = decompose_resid(captures, model, heads=True, neurons=NEURONS)
     xr.testing.assert_allclose(logit_attribution(made, model, TOKENS), whole, rtol=1e-4, atol=1e-5)
     some = made.isel(component=[5, 3], token=slice(2, 9))
     part = logit_attribution(some, model.unembedding, TOKENS)["attribution"].isel(component=slice(2))
@@ -149,24 +160,24 @@ def test_a_decomposition_that_is_made_gives_the_same(forward: Forward, model: Mo
     np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_at_a_layer_it_is_the_logit_that_the_lens_reads(forward: Forward, model: Model, expected: ByHand) -> None:
+def test_at_a_layer_it_is_the_logit_that_the_lens_reads(captures: xr.DataTree, model: Model, expected: ByHand) -> None:
     for layer in (1, 3):
-        found = logit_attribution(forward, model, TOKENS, layer=layer, heads=True)
+        found = logit_attribution(captures, model, TOKENS, layer=layer, heads=True)
         with torch.inference_mode():
             theirs = expected.unembed(expected.final_norm(expected.streams[layer]))[:, TOKENS] * model.spec.logit_scale
         assert close(found["logit"], theirs, expected.logits)
 
 
-def test_an_unembedding_serves_without_heads(forward: Forward, model: Model, expected: ByHand) -> None:
-    found = logit_attribution(forward, model.unembedding, TOKENS)
+def test_an_unembedding_serves_without_heads(captures: xr.DataTree, model: Model, expected: ByHand) -> None:
+    found = logit_attribution(captures, model.unembedding, TOKENS)
     assert close(found["logit"], expected.logits[:, TOKENS], expected.logits)
     with pytest.raises(SchemaError, match="no weights of heads and neurons"):
-        logit_attribution(forward, model.unembedding, TOKENS, heads=True)
+        logit_attribution(captures, model.unembedding, TOKENS, heads=True)
 
 
-def test_a_soft_cap_comes_after_what_is_attributed(forward: Forward, model: Model) -> None:
+def test_a_soft_cap_comes_after_what_is_attributed(captures: xr.DataTree, forward: Forward, model: Model) -> None:
     cap = model.spec.logit_softcap
-    logits = logit_attribution(forward, model, TOKENS)["logit"].values
+    logits = logit_attribution(captures, model, TOKENS)["logit"].values
     assert forward.logits is not None
     said = torch.cat([forward.logits[i, : len(row), TOKENS] for i, row in enumerate(ROWS)]).numpy()
     np.testing.assert_allclose(logits if cap is None else cap * np.tanh(logits / cap), said, atol=1e-4)
@@ -175,21 +186,21 @@ def test_a_soft_cap_comes_after_what_is_attributed(forward: Forward, model: Mode
 # ── neurons ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_all_neurons_of_a_layer_add_what_each_adds_as_a_component(forward: Forward, model: Model) -> None:
-    apart = decompose_resid(forward, model, neurons={2: range(52)})
+def test_all_neurons_of_a_layer_add_what_each_adds_as_a_component(captures: xr.DataTree, model: Model) -> None:
+    apart = decompose_resid(captures, model, neurons={2: range(52)})
     each = logit_attribution(apart, model, TOKENS, against=44)["attribution"]
     each = each.isel(component=np.flatnonzero(each["kind"] == "neuron"))
-    found = neuron_attribution(forward, model, TOKENS, against=44, layers=[2, 0], top=None)["attribution"]
+    found = neuron_attribution(captures, model, TOKENS, against=44, layers=[2, 0], top=None)["attribution"]
     assert found.dims == ("layer", "token", "vocab", "d_mlp")
     assert found["layer"].values.tolist() == [2, 0]
     expected = each.transpose("token", "vocab", "component").values
     np.testing.assert_allclose(found.sel(layer=2), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_neurons_told_are_those_that_add_or_take_away_most(forward: Forward, model: Model) -> None:
-    following = next_tokens(as_run(forward)["activations/hook_embed"])
-    whole = neuron_attribution(forward, model, following, top=None)["attribution"]
-    found = neuron_attribution(forward, model, following, top=5)
+def test_the_neurons_told_are_those_that_add_or_take_away_most(captures: xr.DataTree, model: Model) -> None:
+    following = next_tokens(captures["activations/hook_embed"])
+    whole = neuron_attribution(captures, model, following, top=None)["attribution"]
+    found = neuron_attribution(captures, model, following, top=5)
     assert found["attribution"].dims == found["neuron"].dims == ("layer", "token", "rank")
     there = following.values >= 0
     order = np.argsort(-np.abs(whole.values[:, there]), axis=-1)[..., :5]
@@ -290,6 +301,26 @@ def test_an_answer_for_each_sequence(run: xr.DataTree, tiny: Model) -> None:
     found = logit_attribution(run, tiny, tokens)["attribution"].sel(sequence=5, position=2).compute()
     one = logit_attribution(run, tiny, 5, select={"sequence": 5, "position": 2})["attribution"].compute()
     np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_is_recorded_nothing_is_said(run: xr.DataTree, tiny: Model) -> None:
+    """Tokens of units that are not recorded yet read as NaN."""
+
+    def without(node: xr.Dataset) -> xr.Dataset:
+        gone = xr.DataArray(np.arange(node.sizes.get("token", 0)) % 9 == 4, dims="token")
+        return node.assign(value=node["value"].where(~gone)) if "value" in node and "token" in node.dims else node
+
+    partial = run.map_over_datasets(without)
+    for tokens in ([3, 4], xr.DataArray(np.full(673, 3), dims="token")):
+        found = logit_attribution(partial, tiny, tokens, heads=True, neurons={1: [2]})["attribution"]
+        whole = logit_attribution(run, tiny, tokens, heads=True, neurons={1: [2]})["attribution"]
+        gone = np.arange(673) % 9 == 4
+        assert np.isnan(found.isel(token=gone)).all()
+        np.testing.assert_array_equal(found.isel(token=~gone), whole.isel(token=~gone))
+    neurons = neuron_attribution(partial, tiny, 3, top=2)
+    assert (neurons["neuron"].isel(token=gone) == -1).all()
+    assert np.isnan(neurons["attribution"].isel(token=gone)).all()
+    assert (neurons["neuron"].isel(token=~gone) >= 0).all()
 
 
 def test_heads_come_apart_into_layers_and_heads(run: xr.DataTree, tiny: Model) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dask
+import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
@@ -196,6 +197,21 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
         with pytest.raises(AssertionError, match="something was computed"):
             found.compute()
     assert np.isfinite(found["value"].compute()).all()
+
+
+def test_values_and_median_come_from_one_reading_of_every_chunk() -> None:
+    value, read = np.random.default_rng(6).normal(size=(2, 60, 3)), list[tuple[int, ...]]()
+
+    def block(block_info: Any = None) -> NDArray[Any]:
+        place = tuple(slice(*span) for span in block_info[None]["array-location"])
+        read.append(tuple(span.start for span in place))
+        return value[place]
+
+    lazy = da.map_blocks(block, chunks=((1, 1), (9,) * 6 + (6,), (3,)), dtype=float, meta=np.empty((0, 0, 0)))
+    node = make_node(value).assign(value=(("layer", "token", "d_model"), lazy))
+    found = massive_activations(node, 2).compute()
+    np.testing.assert_array_equal(found["value"], massive_activations(make_node(value), 2)["value"])
+    assert sorted(read) == [(layer, start, 0) for layer in range(2) for start in range(0, 60, 9)]
 
 
 def test_what_makes_no_sense_is_refused() -> None:

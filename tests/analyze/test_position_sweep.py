@@ -235,7 +235,7 @@ def test_positions_are_labelled_with_their_tokens(model: Model) -> None:
 def test_variables_have_units(model: Model) -> None:
     found = position_sweep(model, PROMPT, Inject(transcoders(), INJECTED), metric=METRICS)
     assert found["probability"].dtype == np.float32
-    assert found["logit_change"].attrs == {"units": "logit", "long_name": "change of logit by edits at a position"}
+    assert found["logit_change"].attrs == {"units": "logit", "long_name": "change by the edits"}
     assert found["probability_baseline"].dims == ()
     assert set(found.data_vars) == {
         f"{name}{of}" for name in ("probability", "logit", "log_probability") for of in ("", "_baseline", "_change")

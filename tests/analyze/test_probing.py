@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,11 +22,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import forebay
-from forebay.stages.analyze.probing import KINDS, apply_probe, probe
+from forebay.stages.analyze import probing
+from forebay.stages.analyze.probing import KINDS, apply_probe
 from forebay.stages.analyze.tokens import as_run
 from forebay.stores.errors import SchemaError
 from forebay.stores.labels import token_coords
 
+probe = partial(probing.probe, n_bootstrap=7)
 N_LAYER, WIDTH, N_TYPE = 3, 7, 29
 CHUNKS = [
     {"token": 57, "layer": 1},
@@ -321,7 +324,7 @@ def test_every_head_has_a_probe_of_its_own(kind: str) -> None:
     for head in range(4):
         alone = probe(z.isel(head=head), node["label"], kind=kind)
         xr.testing.assert_allclose(
-            result.isel(head=head).drop_vars("n_evaluation", errors="ignore"),
+            result.isel(head=head, drop=True).drop_vars("n_evaluation", errors="ignore"),
             alone.drop_vars("n_evaluation", errors="ignore"),
             rtol=1e-4,
         )
@@ -388,8 +391,8 @@ def test_chunks_are_let_go_between_the_two_passes() -> None:
     lazy = da.map_blocks(load, chunks=chunks, dtype=held.dtype, meta=np.empty((0, 0, 0), held.dtype))
     node = node.assign(value=(("layer", "token", "d_model"), lazy))
     with dask.config.set(scheduler="synchronous"):
-        probe(node, node["label"], kind="ridge").compute()
-    assert len(most) == 2 * 93
+        result = probe(node, node["label"], kind="ridge").compute()
+    assert len(most) == 93 + 3 * int((~result["held_out"]).sum())
     assert max(most) <= 12
 
 
@@ -425,8 +428,8 @@ def test_a_layer_beyond_which_nothing_converges_is_said() -> None:
 
 
 def test_selectivity_is_what_the_labels_have_above_the_control_labels() -> None:
-    node = store()
-    result = probe(node, node["label"], kind="lda")
+    node = store(noise=1.0)
+    result = probe(node, node["label"], kind="lda", n_bootstrap=200)
     assert result["control"].values.tolist() == ["token_type", "shuffle"]
     xr.testing.assert_allclose(
         result["selectivity"], (result["accuracy"] - result["control_accuracy"]).transpose(*result["selectivity"].dims)
@@ -534,8 +537,8 @@ def test_a_finished_run_is_probed_like_its_values_in_memory(make_recipe: Callabl
     for name, kind in (("hook_resid_post", "logistic"), ("attn.hook_z", "lda")):
         node = run[f"activations/{name}"]
         assert node["value"].chunks is not None
-        lazy = probe(node, is_even, kind=kind, validation=0.4, n_bootstrap=20).compute()
-        loaded = probe(node.to_dataset().load(), is_even.load(), kind=kind, validation=0.4, n_bootstrap=20)
+        lazy = probe(node, is_even, kind=kind, validation=0.4).compute()
+        loaded = probe(node.to_dataset().load(), is_even.load(), kind=kind, validation=0.4)
         xr.testing.assert_allclose(lazy, loaded, rtol=1e-5)
         xr.testing.assert_allclose(apply_probe(node, lazy), apply_probe(node.to_dataset().load(), loaded), rtol=1e-4)
 

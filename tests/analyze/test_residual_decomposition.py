@@ -18,7 +18,6 @@ from forebay.stages.analyze import residual_decomposition as module
 from forebay.stages.analyze.logit_lens import logit_lens
 from forebay.stages.analyze.residual_decomposition import accumulated_resid, decompose_resid
 from forebay.stages.analyze.tokens import as_run
-from forebay.stages.models.forward import Forward
 from forebay.stages.models.model import Model
 from forebay.stages.models.taps import HookSpec
 from forebay.stores.errors import SchemaError
@@ -27,7 +26,12 @@ from ..models.rwkv_edits import ROWS as RWKV_ROWS
 from ..models.rwkv_edits import Rwkv
 from .decomposed_families import CHOSEN, NEURONS, ROWS, ByHand, by_hand, load_both
 
-HOOKS = HookSpec().capture("*")
+HOOKS = HookSpec().capture(
+    "hook_*embed",
+    "blocks.*.hook_*",
+    "blocks.*.{attn.hook_z,attn.hook_out,mlp.hook_post,mlp.hook_out}",
+    "ln_final.hook_scale",
+)
 STORED = ["hook_embed", "blocks.*.{hook_attn_out,hook_mlp_out,attn.hook_z,mlp.hook_post,hook_resid_post}"]
 
 
@@ -42,8 +46,8 @@ def model(both: tuple[PreTrainedModel, Model]) -> Model:
 
 
 @pytest.fixture(scope="module")
-def forward(model: Model) -> Forward:
-    return model.forward(ROWS, HOOKS)
+def captures(model: Model) -> xr.DataTree:
+    return as_run(model.forward(ROWS, HOOKS))
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +65,9 @@ def close(ours: Any, theirs: torch.Tensor, stream: torch.Tensor) -> bool:
 
 
 def test_the_whole_outputs_and_their_biases_are_those_of_transformers_modules(
-    forward: Forward, model: Model, expected: ByHand
+    captures: xr.DataTree, model: Model, expected: ByHand
 ) -> None:
-    found = decompose_resid(forward, model)
+    found = decompose_resid(captures, model)
     assert found["value"].dims == ("component", "token", "d_model")
     assert found["value"].dtype == np.float32
     names = found["component"].values.tolist()
@@ -75,9 +79,9 @@ def test_the_whole_outputs_and_their_biases_are_those_of_transformers_modules(
 
 
 def test_heads_and_neurons_are_what_their_rows_of_the_weights_write(
-    forward: Forward, model: Model, expected: ByHand
+    captures: xr.DataTree, model: Model, expected: ByHand
 ) -> None:
-    found = decompose_resid(forward, model, heads=True, neurons=NEURONS)
+    found = decompose_resid(captures, model, heads=True, neurons=NEURONS)
     names = found["component"].values.tolist()
     assert len(set(names)) == len(names)
     assert {"L0H8", "L1N51", "L1N0", "L3N17", "1_mlp_rest", "0_mlp_out"} < set(names)
@@ -87,16 +91,18 @@ def test_heads_and_neurons_are_what_their_rows_of_the_weights_write(
 
 
 def test_components_below_a_layer_add_up_to_the_stream_that_enters_it(
-    forward: Forward, model: Model, expected: ByHand
+    captures: xr.DataTree, model: Model, expected: ByHand
 ) -> None:
     for layer, settings in ((0, {}), (2, {}), (2, {"heads": True, "neurons": {1: [3]}}), (4, {"heads": True})):
-        found = decompose_resid(forward, model, layer, **settings)
+        found = decompose_resid(captures, model, layer, **settings)
         assert close(found["value"].sum("component"), expected.streams[layer], expected.streams[layer])
         assert int(found["layer"].max()) == layer - 1
 
 
-def test_the_scale_is_that_by_which_the_final_norm_divides(forward: Forward, model: Model, expected: ByHand) -> None:
-    run = as_run(forward)
+def test_the_scale_is_that_by_which_the_final_norm_divides(
+    captures: xr.DataTree, model: Model, expected: ByHand
+) -> None:
+    run = captures
     without = xr.DataTree.from_dict(
         {path: node.to_dataset() for path, node in run.subtree_with_keys if "ln_final" not in path}
     )
@@ -109,9 +115,9 @@ def test_the_scale_is_that_by_which_the_final_norm_divides(forward: Forward, mod
 
 
 def test_the_stream_so_far_is_that_of_transformers_hidden_states(
-    forward: Forward, model: Model, expected: ByHand
+    captures: xr.DataTree, model: Model, expected: ByHand
 ) -> None:
-    found = accumulated_resid(forward, model)
+    found = accumulated_resid(captures, model)
     assert found["component"].values.tolist() == ["0_pre", *(f"{layer}_post" for layer in range(4))]
     for ours, theirs in zip(found["value"], expected.streams, strict=True):
         assert close(ours, theirs, expected.streams[-1])
@@ -120,12 +126,12 @@ def test_the_stream_so_far_is_that_of_transformers_hidden_states(
     xr.testing.assert_allclose(early["value"], found["value"].isel(component=slice(4)), atol=1e-5)
 
 
-def test_between_attention_and_mlp_lies_another_stream(forward: Forward, model: Model, expected: ByHand) -> None:
+def test_between_attention_and_mlp_lies_another_stream(captures: xr.DataTree, model: Model, expected: ByHand) -> None:
     if model.spec.parallel:
         with pytest.raises(SchemaError, match="side by side: there is no mid=True"):
-            accumulated_resid(forward, model, mid=True)
+            accumulated_resid(captures, model, mid=True)
         return
-    found = accumulated_resid(forward, model, 2, mid=True)
+    found = accumulated_resid(captures, model, 2, mid=True)
     assert found["component"].values.tolist() == ["0_pre", "0_mid", "0_post", "1_mid", "1_post"]
     parts = expected.components
     bias = parts.get("0_attn_bias", torch.zeros(1))
@@ -135,13 +141,13 @@ def test_between_attention_and_mlp_lies_another_stream(forward: Forward, model: 
 
 
 def test_an_unembedding_serves_but_leaves_biases_where_they_are(
-    forward: Forward, model: Model, expected: ByHand
+    captures: xr.DataTree, model: Model, expected: ByHand
 ) -> None:
-    found = decompose_resid(forward, model.unembedding)
+    found = decompose_resid(captures, model.unembedding)
     assert not any("bias" in name for name in found["component"].values)
     assert close(found["value"].sum("component"), expected.streams[-1], expected.streams[-1])
     with pytest.raises(SchemaError, match="no weights of heads and neurons"):
-        decompose_resid(forward, model.unembedding, heads=True)
+        decompose_resid(captures, model.unembedding, heads=True)
 
 
 # ── recurrent models ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,7 +228,9 @@ def test_over_a_store_nothing_is_read_before_it_is_asked_for(
 def test_a_store_gives_what_one_forward_gives(
     run: xr.DataTree, tiny: Model, whole: xr.Dataset, chunk: int | None
 ) -> None:
-    tree = run if chunk is None else run.map_over_datasets(lambda x: x.chunk(token=chunk) if "token" in x.dims else x)
+    tree = (
+        run if chunk is None else run.map_over_datasets(lambda x: x.chunk({"token": chunk}) if "token" in x.dims else x)
+    )
     found = decompose_resid(tree, tiny, heads=True, neurons={2: [40, 1]})
     assert len(found["value"].chunksizes["token"]) > 3
     for name in ("value", "scale"):

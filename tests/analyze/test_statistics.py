@@ -195,8 +195,17 @@ def test_a_mean_by_label_is_numpys_of_the_tokens_of_the_group(
             one = found.isel(layer=layer).sel(token_id=token_id)
             assert int(one["n_token"]) == kept.sum() > 0
             np.testing.assert_allclose(one["mean"], held[layer, kept].mean(0), rtol=1e-12)
+            np.testing.assert_allclose(one["variance"], held[layer, kept].var(0, ddof=1).sum(), rtol=1e-12)
     assert found["n_token"].sel(token_id=400).values.tolist() == [0, 0]
     assert np.isnan(found["mean"].sel(token_id=400)).all()
+    assert np.isnan(found["variance"].sel(token_id=400)).all()
+
+
+def test_the_spread_about_a_far_mean_does_not_cancel() -> None:
+    rows = np.random.default_rng(3).normal(size=(200, 4)) + 1e8
+    found = mean_by(make_node(rows, ("token", "d_model")).chunk({"token": 23}), "position", 6, skip_positions=0)
+    expected = [rows[position::6].var(0, ddof=1).sum() for position in range(6)]
+    np.testing.assert_allclose(found["variance"], expected, rtol=1e-6)
 
 
 def test_a_label_may_be_a_variable_of_booleans_and_a_mask_narrows_it(value: NDArray[np.float64]) -> None:

@@ -58,13 +58,15 @@ def streams(theirs: LlamaForCausalLM, ids: list[int], push: tuple[int, Tensor] |
     return torch.stack(given).double(), logits.double()
 
 
-def by_hand(theirs: LlamaForCausalLM, layer: int, strength: float) -> tuple[list[float], float, Tensor]:
+def by_hand(theirs: LlamaForCausalLM, layer: int, strength: float) -> tuple[list[float], list[float], float, Tensor]:
+    """Cosines and relative distances by layer, divergence, probabilities."""
     natural, base = streams(theirs, IDS)
     v = (natural - streams(theirs, OTHER)[0])[layer]
     steered, logits = streams(theirs, IDS, (layer, (strength * v).float()))
     cosine = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(steered, natural, strict=True)]
     p, q = base.softmax(-1), logits.softmax(-1)
-    return cosine, float((p * (p / q).log()).sum()), q
+    distance = [float((a - b).norm() / b.norm()) for a, b in zip(steered, natural, strict=True)]
+    return cosine, distance, float((p * (p / q).log()).sum()), q
 
 
 def first_above(cosine: list[float], layer: int, threshold: float) -> int:
@@ -78,9 +80,10 @@ def test_the_convergence_matrix_is_that_of_hooks_on_transformers(
     found = steering_convergence(model, IDS, OTHER, strength=0.8, threshold=0.9, tokens=[3, 100], batch_size=batch_size)
     assert found["cosine"].dims == ("injection_layer", "layer")
     for layer in range(N_LAYERS):
-        cosine, kl, probability = by_hand(theirs, layer, 0.8)
+        cosine, distance, kl, probability = by_hand(theirs, layer, 0.8)
         got = found.sel(injection_layer=layer)
         np.testing.assert_allclose(got["cosine"], cosine, atol=2e-5)
+        np.testing.assert_allclose(got["distance"], distance, rtol=1e-3, atol=1e-5)
         assert (got["cosine"][:layer] > 1 - 1e-6).all()
         assert got["kl_divergence"].item() == pytest.approx(kl, rel=2e-3)
         np.testing.assert_allclose(got["probability"], probability[[3, 100]], rtol=1e-3)
@@ -94,9 +97,10 @@ def test_a_strength_sweep_is_that_of_hooks_on_transformers(model: Model, theirs:
     strengths = [0.1, 1.0, 5.5]
     found = strength_sweep(model, IDS, OTHER, layer=layer, strengths=strengths, threshold=0.97, tokens=7, batch_size=2)
     for strength in strengths:
-        cosine, kl, probability = by_hand(theirs, layer, strength)
+        cosine, distance, kl, probability = by_hand(theirs, layer, strength)
         got = found.sel(strength=strength)
         np.testing.assert_allclose(got["cosine"], cosine, atol=2e-5)
+        np.testing.assert_allclose(got["distance"], distance, rtol=1e-3, atol=1e-5)
         assert got["kl_divergence"].item() == pytest.approx(kl, rel=2e-3)
         assert got["probability"].item() == pytest.approx(float(probability[7]), rel=1e-3)
         assert got["absorption_layer"].item() == first_above(cosine, layer, 0.97)
