@@ -16,7 +16,7 @@ of CPU. With --max-count 60 (230 tokens a count or more) six components explain 
 38 to 45 %, 14 to 19 % and 7 to 9 % by the first three, where 16 to 21 % is the error of means of so few tokens; cosines
 fall to −.52 to −.63; counts 1 to 9 stand apart from the others, and no helix is to be seen. Up to 150, where a count
 has 8 tokens or more, six explain 47 to 66 %, but 66 to 76 % is that error, and a few massive activations weigh heavily:
-43 to 44 % without the 1 % of tokens of over twice the median norm, most of them " the". A larger --characters is needed.
+43 to 44 % without the 1 % of tokens of over twice the median norm, most of them " the". It takes more --characters.
 """
 
 import json

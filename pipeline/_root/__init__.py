@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
     from forebay.stages.algzoo.load import load_algzoo
+    from forebay.stages.analyze.ablation import ablation_effect
     from forebay.stages.analyze.activation_patching import activation_patching
     from forebay.stages.analyze.attention import (
         attention_distance,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from forebay.stages.analyze.attribution_patching import attribution_patching, patching_agreement
     from forebay.stages.analyze.block_patching import block_patching
     from forebay.stages.analyze.causal_tracing import causal_tracing, embedding_std, indirect_effect
+    from forebay.stages.analyze.character_count import character_count_manifold
     from forebay.stages.analyze.decoder_projection import (
         AttributionEdge,
         AttributionGraph,
@@ -36,13 +38,22 @@ if TYPE_CHECKING:
     from forebay.stages.analyze.effective_attention import normalize_effective_attention
     from forebay.stages.analyze.head_detectors import detect_heads, head_detectors, random_repeats
     from forebay.stages.analyze.intervention_effect import intervention_effect
-    from forebay.stages.analyze.logit_lens import logit_lens
+    from forebay.stages.analyze.logit_attribution import logit_attribution, neuron_attribution
+    from forebay.stages.analyze.logit_lens import first_appearance, logit_lens, next_tokens
     from forebay.stages.analyze.loss_recovered import loss_recovered
+    from forebay.stages.analyze.massive_activations import massive_activations
     from forebay.stages.analyze.metrics import Divergence, Logit, LogitDifference, LogProbability, Probability
     from forebay.stages.analyze.moments import moments
     from forebay.stages.analyze.patching import divergence_from, pairs_of, recovery, run_variants
+    from forebay.stages.analyze.path_patching import path_patching
+    from forebay.stages.analyze.pca import pca, pca_of, project, reconstruct
+    from forebay.stages.analyze.position_sweep import position_sweep
+    from forebay.stages.analyze.probing import apply_probe, probe
     from forebay.stages.analyze.recurrent_feedback import FeedbackCondition, feedback_sweep, rhyme_experiment
+    from forebay.stages.analyze.residual_decomposition import accumulated_resid, decompose_resid
+    from forebay.stages.analyze.similarity import direction_cosine, layer_cosine, linear_cka
     from forebay.stages.analyze.state_ablation import state_knockout_effect, state_sweep
+    from forebay.stages.analyze.statistics import mean_by, norm_statistics
     from forebay.stages.analyze.steering import (
         DOSE_LEVELS,
         SteeringCalibration,
@@ -106,7 +117,10 @@ _HOMES = {
     "Suppress": "forebay.stages.dictionaries.interventions",
     "TranscoderSet": "forebay.stages.dictionaries.transcoders",
     "Zero": "forebay.stages.models.interventions",
+    "ablation_effect": "forebay.stages.analyze.ablation",
+    "accumulated_resid": "forebay.stages.analyze.residual_decomposition",
     "activation_patching": "forebay.stages.analyze.activation_patching",
+    "apply_probe": "forebay.stages.analyze.probing",
     "as_run": "forebay.stages.analyze.tokens",
     "attention_distance": "forebay.stages.analyze.attention",
     "attention_entropy": "forebay.stages.analyze.attention",
@@ -120,36 +134,55 @@ _HOMES = {
     "calibrate_steering": "forebay.stages.analyze.steering",
     "causal_mask": "forebay.stages.models.masks",
     "causal_tracing": "forebay.stages.analyze.causal_tracing",
+    "character_count_manifold": "forebay.stages.analyze.character_count",
     "check_compatibility": "forebay.stages.models.source",
     "contrastive_direction": "forebay.stages.analyze.directions",
+    "decompose_resid": "forebay.stages.analyze.residual_decomposition",
     "detect_heads": "forebay.stages.analyze.head_detectors",
     "dictionary_fit": "forebay.stages.analyze.dictionary_fit",
+    "direction_cosine": "forebay.stages.analyze.similarity",
     "direction_dose_response": "forebay.stages.analyze.steering",
     "divergence_from": "forebay.stages.analyze.patching",
     "dose_response": "forebay.stages.analyze.steering",
     "edge_attention": "forebay.stages.analyze.steering",
     "embedding_std": "forebay.stages.analyze.causal_tracing",
     "feedback_sweep": "forebay.stages.analyze.recurrent_feedback",
+    "first_appearance": "forebay.stages.analyze.logit_lens",
     "head_detectors": "forebay.stages.analyze.head_detectors",
     "indirect_effect": "forebay.stages.analyze.causal_tracing",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
     "knockout_effect": "forebay.stages.analyze.attention_ablation",
     "knockout_sweep": "forebay.stages.analyze.attention_ablation",
+    "layer_cosine": "forebay.stages.analyze.similarity",
+    "linear_cka": "forebay.stages.analyze.similarity",
     "load_algzoo": "forebay.stages.algzoo.load",
     "load_dictionary": "forebay.stages.dictionaries.load",
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
+    "logit_attribution": "forebay.stages.analyze.logit_attribution",
     "logit_lens": "forebay.stages.analyze.logit_lens",
     "loss_recovered": "forebay.stages.analyze.loss_recovered",
+    "massive_activations": "forebay.stages.analyze.massive_activations",
+    "mean_by": "forebay.stages.analyze.statistics",
     "mean_difference": "forebay.stages.analyze.directions",
     "moments": "forebay.stages.analyze.moments",
+    "neuron_attribution": "forebay.stages.analyze.logit_attribution",
+    "next_tokens": "forebay.stages.analyze.logit_lens",
+    "norm_statistics": "forebay.stages.analyze.statistics",
     "normalize_effective_attention": "forebay.stages.analyze.effective_attention",
     "open_run": "forebay.stores.tree",
     "open_store": "forebay.stores.tree",
     "pairs_of": "forebay.stages.analyze.patching",
     "patching_agreement": "forebay.stages.analyze.attribution_patching",
+    "path_patching": "forebay.stages.analyze.path_patching",
+    "pca": "forebay.stages.analyze.pca",
+    "pca_of": "forebay.stages.analyze.pca",
     "plan": "forebay.pipeline.plan",
+    "position_sweep": "forebay.stages.analyze.position_sweep",
+    "probe": "forebay.stages.analyze.probing",
+    "project": "forebay.stages.analyze.pca",
     "random_repeats": "forebay.stages.analyze.head_detectors",
+    "reconstruct": "forebay.stages.analyze.pca",
     "recovery": "forebay.stages.analyze.patching",
     "rhyme_experiment": "forebay.stages.analyze.recurrent_feedback",
     "run": "forebay.pipeline.run",
@@ -205,7 +238,10 @@ __all__ = [
     "Suppress",
     "TranscoderSet",
     "Zero",
+    "ablation_effect",
+    "accumulated_resid",
     "activation_patching",
+    "apply_probe",
     "as_run",
     "attention_distance",
     "attention_entropy",
@@ -219,37 +255,56 @@ __all__ = [
     "calibrate_steering",
     "causal_mask",
     "causal_tracing",
+    "character_count_manifold",
     "check_compatibility",
     "contrastive_direction",
+    "decompose_resid",
     "detect_heads",
     "dictionary_fit",
+    "direction_cosine",
     "direction_dose_response",
     "divergence_from",
     "dose_response",
     "edge_attention",
     "embedding_std",
     "feedback_sweep",
+    "first_appearance",
     "head_detectors",
     "indirect_effect",
     "intervention_effect",
     "knockout_effect",
     "knockout_sweep",
+    "layer_cosine",
+    "linear_cka",
     "load_algzoo",
     "load_dictionary",
     "load_model",
     "load_unembedding",
+    "logit_attribution",
     "logit_lens",
     "loss_recovered",
+    "massive_activations",
+    "mean_by",
     "mean_difference",
     "moments",
+    "neuron_attribution",
+    "next_tokens",
+    "norm_statistics",
     "normalize_effective_attention",
     "open_run",
     "open_store",
     "pairs_of",
     "patching_agreement",
+    "path_patching",
+    "pca",
+    "pca_of",
     "plan",
     "plot",
+    "position_sweep",
+    "probe",
+    "project",
     "random_repeats",
+    "reconstruct",
     "recovery",
     "rhyme_experiment",
     "run",

@@ -129,13 +129,11 @@ def neuron_attribution(
         raise SchemaError(f'{_SCALE} = ["ln_final.hook_scale"]')
     reading.check(scale)
     size = ("d_mlp", spec.d_mlp) if top is None else ("rank", 2 * top)
-    found = xr.concat(
-        [
-            reading.on_rows(_neurons(model, layer, reading, top), [held.read(p) for p in points[layer]], scale, [size])
-            for layer in chosen
-        ],
-        xr.Variable("layer", list(chosen)),
-    )
+    terms = []
+    for layer in chosen:
+        values = [held.read(point) for point in points[layer]]
+        terms.append(reading.on_rows(_neurons(model, layer, top), values, scale, [size], reading.n_vocab * spec.d_mlp))
+    found = xr.concat(terms, xr.Variable("layer", list(chosen)))
     found = reading.labelled(found.assign_coords(held.labels(points[chosen[0]][0])))
     attrs = {"long_name": "direct contribution of neurons", "units": reading.unit}
     if top is None:
@@ -149,8 +147,10 @@ def neuron_attribution(
     )
 
 
-def _neurons(model: Model, layer: int, reading: _Reading, top: int | None) -> Callable[..., Tensor]:
-    """Of activations [token, d_mlp], what multiplies their sum or None, and directions [token, vocab, d_model]."""
+def _neurons(model: Model, layer: int, top: int | None) -> Callable[..., Tensor]:
+    """What neurons add along directions [token, vocab, d_model], of their activations [token, d_mlp] and what
+    multiplies their sum, if anything: all, or the values of the `top` largest and then their numbers.
+    """
     spec, (_, mlp) = model.spec, modules_of(model, layer)
 
     def run(directions: Tensor, post: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -196,7 +196,7 @@ class _Reading:
             _check_ids(one, unembedding.weight.shape[0])
         settings: dict[str, Any] = {"unembedding": unembedding, "is_difference": against is not None}
         if per_token:
-            if not all(isinstance(one, xr.DataArray | int) for one in given):
+            if not all(isinstance(one, xr.DataArray) or np.ndim(one) == 0 for one in given):
                 raise SchemaError("ids [token] go against one id, or against ids [token], not against a list of ids")
             own = (one if isinstance(one, xr.DataArray) else xr.full_like(per_token[0], one) for one in given)
             return cls(ids=None, against=None, own=tuple(one.variable for one in own), is_single=True, **settings)
@@ -212,6 +212,10 @@ class _Reading:
             is_single=np.ndim(tokens) == 0,
             **settings,
         )
+
+    @property
+    def n_vocab(self) -> int:
+        return 1 if self.ids is None else len(self.ids)
 
     @property
     def unit(self) -> str:
@@ -258,14 +262,14 @@ class _Reading:
         values: Sequence[xr.Variable],
         scale: xr.Variable,
         sizes: Sequence[tuple[str, int]],
-        width: int = 0,
+        width: int,
     ) -> xr.DataArray:
         """Apply `run` to directions [token, vocab, d_model] over the scale, and to values [token, …], some tokens at a
-        time, for [token, vocab, *sizes]. `width`: the numbers that are held a token.
+        time, for [token, vocab, *sizes]. `width`: the numbers that are held a token besides.
         """
-        n_vocab, device = 1 if self.ids is None else len(self.ids), self.unembedding.weight.device
-        n_values = len(values)
-        step = max(1, AT_ONCE // max(width, n_vocab * max(size for _, size in sizes)))
+        n_values, device = len(values), self.unembedding.weight.device
+        widest = max(self.unembedding.weight.shape[1], *(size for _, size in sizes))
+        step = max(1, AT_ONCE // max(width, self.n_vocab * widest))
 
         def block(*arrays: Tensor) -> Tensor:
             found = []
@@ -275,7 +279,7 @@ class _Reading:
                 found.append(run(self._less(self.directions, own) / scale[:, None, None], *xs))
             return torch.cat(found)
 
-        dims = [("vocab", n_vocab), *sizes]
+        dims = [("vocab", self.n_vocab), *sizes]
         return xr.DataArray(on_blocks(Block(block, device), [*values, scale, *self.own], dims))
 
     def constant_terms(self, scale: xr.Variable) -> xr.DataArray:
@@ -284,7 +288,7 @@ class _Reading:
         def block(scale: Tensor, *own: Tensor) -> Tensor:
             return self._less(self.constant, own) + 0 * scale[:, None, None]
 
-        dims = [("vocab", 1 if self.ids is None else len(self.ids)), ("component", len(self.constants))]
+        dims = [("vocab", self.n_vocab), ("component", len(self.constants))]
         return xr.DataArray(on_blocks(Block(block, self.unembedding.weight.device), [scale, *self.own], dims))
 
     def contributions(

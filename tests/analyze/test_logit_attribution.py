@@ -294,6 +294,30 @@ def test_over_a_store_contributions_add_up_to_its_logits(
     np.testing.assert_allclose(np.abs(top["attribution"][..., 0]), np.abs(whole["attribution"]).max("d_mlp"), rtol=1e-5)
 
 
+def test_no_more_tokens_are_taken_together_than_the_limit_allows(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = as_run(tiny.forward(ROWS, HookSpec().capture(*STORED)))
+    many = logit_attribution(captures, tiny, 9, heads=True)
+    neurons = neuron_attribution(captures, tiny, 9, layers=[1], top=3)
+    taken: list[int] = []
+    plain = module._neurons
+
+    def watched(*given: Any) -> Callable[..., Tensor]:
+        run = plain(*given)
+
+        def counting(directions: Tensor, post: Tensor) -> Tensor:
+            taken.append(len(post))
+            return run(directions, post)
+
+        return counting
+
+    monkeypatch.setattr(module, "AT_ONCE", 5 * 44)  # five tokens' neurons, one token's heads
+    monkeypatch.setattr(module, "_neurons", watched)
+    few = neuron_attribution(captures, tiny, np.int64(9), layers=[1], top=3)
+    assert taken == [5, 5, 5, 5, 2]
+    xr.testing.assert_allclose(few, neurons, rtol=1e-5)
+    xr.testing.assert_allclose(logit_attribution(captures, tiny, 9, heads=True), many, rtol=1e-4, atol=1e-6)
+
+
 def test_an_answer_for_each_sequence(run: xr.DataTree, tiny: Model) -> None:
     node = run["activations/hook_resid_post"].to_dataset()
     answers = np.arange(node["sequence"].values.max() + 1) % 300

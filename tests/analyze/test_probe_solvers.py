@@ -53,12 +53,10 @@ def refit(x: NDArray[Any], y: NDArray[Any], C: float) -> tuple[NDArray[Any], NDA
     return np.column_stack([oracle.intercept_ - weight @ scaler.mean_, weight]), oracle.intercept_
 
 
-@pytest.mark.parametrize("size", [7, 100, N])
+@pytest.mark.parametrize("size", [50, N])
 @pytest.mark.parametrize(("n_class", "C"), [(2, 1.0), (2, 1e-4), (2, 1e3), (3, 1.0), (6, 0.01)])
 def test_logistic_regression_is_scikit_learns_at_every_strength(n_class: int, C: float, size: int) -> None:
     rows, labels = data(n_class)
-    if size == 7 and (n_class, C) != (2, 1.0):
-        size = 250
     found = logistic(lazily(rows, size), labels, Coding(1, n_class), solver("logistic", C=C))
     assert found.converged.all()
     for entry in range(2):

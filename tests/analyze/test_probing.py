@@ -37,6 +37,13 @@ CHUNKS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def in_this_thread() -> Iterator[None]:
+    """Dozens of tiny chunks gain nothing from threads."""
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
 def store(
     n_class: int = 2, *, n_document: int = 31, noise: float = 3.0, shift: float = 0.0, seed: int = 3
 ) -> xr.Dataset:
