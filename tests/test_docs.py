@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -69,10 +70,37 @@ def test_examples_with_dictionaries_run(
     run_blocks("dictionaries.md", capsys)
 
 
+def test_examples_of_analyses_run(
+    tiny_model: Path,
+    make_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One after the other, for what one block makes the next one reads; on a run with what the page says it keeps."""
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("agg")
+    hooks = re.findall(r"^hooks = (\[.*\])$", (DOCS / "analyses.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    recipe = make_recipe("laboratory", capture={"hooks": json.loads(hooks)})
+    assert forebay.run(recipe, tmp_path / "runs/laboratory").code == 0
+    shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    together: dict[str, object] = {}
+    for block in blocks_of("analyses.md"):
+        exec(compile(block, "analyses.md", "exec"), together)  # noqa: S102 - our own text
+        pyplot.close("all")
+    assert capsys.readouterr().out == ""
+
+
+def blocks_of(name: str) -> list[str]:
+    found = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert found
+    return found
+
+
 def run_blocks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each block of Python alone; together they print something."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert blocks
-    for block in blocks:
+    for block in blocks_of(name):
         exec(compile(block, name, "exec"), {})  # noqa: S102 - our own text
     assert capsys.readouterr().out.strip()

@@ -75,7 +75,7 @@ def massive_activations(
 
 
 def _numbers(activations: xr.Dataset, n: int) -> xr.DataArray:
-    chunks = activations["value"].chunksizes.get("token")
+    chunks = activations["value"].variable.chunksizes.get("token")
     if chunks is None:
         return xr.DataArray(np.arange(n), dims="token")
     import dask.array as da

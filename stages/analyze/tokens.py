@@ -106,7 +106,7 @@ def label(activations: xr.Dataset, name: str) -> xr.DataArray:
     asked for where `value` is lazy, so that it is never whole in memory.
     """
     coord = activations[name].reset_coords(drop=True)
-    chunks = activations["value"].chunksizes.get("token") if "value" in activations else None
+    chunks = activations["value"].variable.chunksizes.get("token") if "value" in activations else None
     if chunks is None or coord.chunks is not None:
         return xr.DataArray(coord.data, dims="token")
     held = activations[name]

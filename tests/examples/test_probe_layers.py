@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "docs/examples/probe_layers.py"
 
 def test_what_is_written_is_what_the_call_gives(tiny_model: Path, tmp_path: Path) -> None:
     options = ["--documents", "9", "--characters", "700", "--kind", "lda", "--layer-step", "2", "--seed", "3"]
+    options += ["--context", "48"]
     ran = CliRunner().invoke(
         runpy.run_path(str(SCRIPT))["main"],
         ["--model", str(tiny_model), "--output", str(tmp_path), *options],
