@@ -217,7 +217,7 @@ class Measures:
         for i, label in enumerate(labels):
             row, total = of_set(scores[:, i], label, document, draws, self.n_class, i == 0)
             if i:
-                estimate = _PARTS[main](sums[0].sum(0)) - _PARTS[main](total.sum(0))
+                estimate = float(_PARTS[main](sums[0].sum(0)) - _PARTS[main](total.sum(0)))
                 low, high = draws.interval(np.hstack([sums[0], total]), _difference(_PARTS[main]))
                 row |= {"selectivity": estimate, "selectivity_low": low, "selectivity_high": high}
             row["n_example"] = float(len(label))
@@ -337,7 +337,7 @@ def _regressed(
     off = label - label.mean()  # so that squares of sums and sums of squares do not cancel
     error = label - scores[:, 0]
     parts = (np.ones_like(off), off, off * off, error * error)
-    sums: Floats = np.stack([np.bincount(document, part, draws.n_document) for part in parts], axis=-1) * 1.0
+    sums = np.stack([np.bincount(document, part, draws.n_document) for part in parts], axis=-1).astype(np.float64)
     row = {"r2": float(_r2(sums.sum(0)))}
     if full:
         row |= zip(_R2[1:], draws.interval(sums, _r2), strict=True)
