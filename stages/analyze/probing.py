@@ -78,7 +78,8 @@ def probe(
     it is negative. Tokens before position `skip_positions` are left out.
 
     `kind`:
-    - `logistic`: scikit-learn's LogisticRegression with `C` (softmax of more than two classes); computed when called.
+    - `logistic`: minimises what scikit-learn's LogisticRegression does with `C` (softmax of more than two classes).
+      Computed when called; a RuntimeWarning where `max_iter` steps are too few.
     - `mass_mean`: θ = μ₊ − μ₋, threshold midway; of more classes, the nearest mean. Lazy.
     - `lda`: θ = Σ⁻¹(μ₊ − μ₋), Σ the covariance within classes, with the classes' shares as priors; what Marks and
       Tegmark give as the mass-mean probe of independent and identically distributed data. Lazy.
@@ -99,14 +100,14 @@ def probe(
     `held_out[document]`. Logistic: `converged`, and `n_evaluation` of the loss. Intervals hold `confidence`; they are
     NaN where there is one document. To choose `alpha` or a layer on the validation split makes its score too good.
 
-    Labels, token ids and document numbers are read when called: about 60 bytes a token. Activations are read twice by
+    Labels, token ids and document numbers are read when called: about 100 bytes a token. Activations are read twice by
     lazy kinds, once to fit and once to score; compute the result as a whole. Logistic reads the layers of a chunk once
     where its examples, and those to train on in float64, take at most `max_bytes`; otherwise 2 + `n_evaluation` times,
     a chunk a thread in memory. Besides, width² numbers in float64 a layer, and scores, 8 bytes an example and set of
     labels (and class).
 
-    SchemaError, before activations are read, for what is no such node, labels or setting, for one document, and
-    where a split lacks a class.
+    SchemaError, before activations are read, for what is no such node, label or setting, and where a split lacks a
+    class.
     """
     value = vectors(activations, "a probe")
     alphas = tuple(float(a) for a in np.atleast_1d(alpha))
