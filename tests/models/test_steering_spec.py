@@ -102,7 +102,7 @@ def test_steering_is_of_the_prompt_only_where_no_query_can_move_beyond_it(edges:
         ({"scale": 1.0, "edges": iter([(1, 0)])}, "can be read once only"),
         ({"scale": 1.0, "edges": [3]}, "must be .query, key. pairs"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_steered_is_refused_when_it_meets_the_model(
     tiny: Model, given: dict[str, Any], message: str
