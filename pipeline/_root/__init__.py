@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from forebay.stages.analyze.attention_ablation import knockout_effect, knockout_sweep
     from forebay.stages.analyze.attribution_patching import attribution_patching, patching_agreement
-    from forebay.stages.analyze.block_patching import block_patching
+    from forebay.stages.analyze.block_patching import block_patching, map_positions
     from forebay.stages.analyze.causal_tracing import causal_tracing, embedding_std, indirect_effect
     from forebay.stages.analyze.character_count import character_count_manifold
     from forebay.stages.analyze.decoder_projection import (
@@ -36,19 +36,28 @@ if TYPE_CHECKING:
     from forebay.stages.analyze.dictionary_fit import dictionary_fit
     from forebay.stages.analyze.directions import contrastive_direction, mean_difference, separation, token_direction
     from forebay.stages.analyze.effective_attention import normalize_effective_attention
-    from forebay.stages.analyze.head_detectors import detect_heads, head_detectors, random_repeats
-    from forebay.stages.analyze.intervention_effect import intervention_effect
+    from forebay.stages.analyze.head_detectors import detect_heads, detection_patterns, head_detectors, random_repeats
+    from forebay.stages.analyze.intervention_effect import compare_logits, intervention_effect, logit_change
     from forebay.stages.analyze.logit_attribution import logit_attribution, neuron_attribution
     from forebay.stages.analyze.logit_lens import first_appearance, logit_lens, next_tokens
     from forebay.stages.analyze.loss_recovered import loss_recovered
     from forebay.stages.analyze.massive_activations import massive_activations
-    from forebay.stages.analyze.metrics import Divergence, Logit, LogitDifference, LogProbability, Probability
+    from forebay.stages.analyze.metrics import (
+        Divergence,
+        Logit,
+        LogitDifference,
+        LogProbability,
+        Metric,
+        Probability,
+        divergence,
+    )
     from forebay.stages.analyze.moments import moments
     from forebay.stages.analyze.patching import divergence_from, pairs_of, recovery, run_variants
-    from forebay.stages.analyze.path_patching import path_patching
+    from forebay.stages.analyze.path_patching import Receiver, path_patching
     from forebay.stages.analyze.pca import pca, pca_of, project, reconstruct
     from forebay.stages.analyze.position_sweep import position_sweep
     from forebay.stages.analyze.probing import apply_probe, probe
+    from forebay.stages.analyze.prompts import position_coords
     from forebay.stages.analyze.recurrent_feedback import FeedbackCondition, feedback_sweep, rhyme_experiment
     from forebay.stages.analyze.residual_decomposition import accumulated_resid, decompose_resid
     from forebay.stages.analyze.similarity import direction_cosine, layer_cosine, linear_cka
@@ -103,7 +112,9 @@ _HOMES = {
     "LogProbability": "forebay.stages.analyze.metrics",
     "Logit": "forebay.stages.analyze.metrics",
     "LogitDifference": "forebay.stages.analyze.metrics",
+    "Metric": "forebay.stages.analyze.metrics",
     "Probability": "forebay.stages.analyze.metrics",
+    "Receiver": "forebay.stages.analyze.path_patching",
     "Recurrence": "forebay.stages.models.recurrence",
     "Replace": "forebay.stages.models.interventions",
     "Sampling": "forebay.stages.models.sampling",
@@ -136,12 +147,15 @@ _HOMES = {
     "causal_tracing": "forebay.stages.analyze.causal_tracing",
     "character_count_manifold": "forebay.stages.analyze.character_count",
     "check_compatibility": "forebay.stages.models.source",
+    "compare_logits": "forebay.stages.analyze.intervention_effect",
     "contrastive_direction": "forebay.stages.analyze.directions",
     "decompose_resid": "forebay.stages.analyze.residual_decomposition",
     "detect_heads": "forebay.stages.analyze.head_detectors",
+    "detection_patterns": "forebay.stages.analyze.head_detectors",
     "dictionary_fit": "forebay.stages.analyze.dictionary_fit",
     "direction_cosine": "forebay.stages.analyze.similarity",
     "direction_dose_response": "forebay.stages.analyze.steering",
+    "divergence": "forebay.stages.analyze.metrics",
     "divergence_from": "forebay.stages.analyze.patching",
     "dose_response": "forebay.stages.analyze.steering",
     "edge_attention": "forebay.stages.analyze.steering",
@@ -160,8 +174,10 @@ _HOMES = {
     "load_model": "forebay.stages.models.load",
     "load_unembedding": "forebay.stages.models.unembedding",
     "logit_attribution": "forebay.stages.analyze.logit_attribution",
+    "logit_change": "forebay.stages.analyze.intervention_effect",
     "logit_lens": "forebay.stages.analyze.logit_lens",
     "loss_recovered": "forebay.stages.analyze.loss_recovered",
+    "map_positions": "forebay.stages.analyze.block_patching",
     "massive_activations": "forebay.stages.analyze.massive_activations",
     "mean_by": "forebay.stages.analyze.statistics",
     "mean_difference": "forebay.stages.analyze.directions",
@@ -178,6 +194,7 @@ _HOMES = {
     "pca": "forebay.stages.analyze.pca",
     "pca_of": "forebay.stages.analyze.pca",
     "plan": "forebay.pipeline.plan",
+    "position_coords": "forebay.stages.analyze.prompts",
     "position_sweep": "forebay.stages.analyze.position_sweep",
     "probe": "forebay.stages.analyze.probing",
     "project": "forebay.stages.analyze.pca",
@@ -224,7 +241,9 @@ __all__ = [
     "LogProbability",
     "Logit",
     "LogitDifference",
+    "Metric",
     "Probability",
+    "Receiver",
     "Recurrence",
     "Replace",
     "Sampling",
@@ -257,12 +276,15 @@ __all__ = [
     "causal_tracing",
     "character_count_manifold",
     "check_compatibility",
+    "compare_logits",
     "contrastive_direction",
     "decompose_resid",
     "detect_heads",
+    "detection_patterns",
     "dictionary_fit",
     "direction_cosine",
     "direction_dose_response",
+    "divergence",
     "divergence_from",
     "dose_response",
     "edge_attention",
@@ -281,8 +303,10 @@ __all__ = [
     "load_model",
     "load_unembedding",
     "logit_attribution",
+    "logit_change",
     "logit_lens",
     "loss_recovered",
+    "map_positions",
     "massive_activations",
     "mean_by",
     "mean_difference",
@@ -300,6 +324,7 @@ __all__ = [
     "pca_of",
     "plan",
     "plot",
+    "position_coords",
     "position_sweep",
     "probe",
     "project",

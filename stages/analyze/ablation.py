@@ -103,9 +103,9 @@ def ablation_effect(
     nodes = {} if kind == "zero" else {name: _node(from_, name, sites, model) for name in sites.kinds}
     values, drawn = {name: torch.zeros(()) for name in sites.kinds}, None
     if kind == "mean":
-        groups = max(batch.lengths) if per_position else None
+        needed = np.asarray(task.ablated().any(0)) if per_position else None
         counts = {name: counted(node, skip_positions, where) for name, node in nodes.items()}
-        values = {name: _mean(node, counts[name], name, groups) for name, node in nodes.items()}
+        values = {name: _mean(node, counts[name], name, needed) for name, node in nodes.items()}
     elif kind == "resample":
         drawn = _drawn(nodes, where, task, draws, seed)
         values = {name: _rows(node, drawn) for name, node in nodes.items()}
@@ -274,21 +274,23 @@ def _check_model(node: xr.Dataset, kind: str, model: Model) -> None:
         )
 
 
-def _mean(node: xr.Dataset, counts: xr.DataArray, kind: str, n_position: int | None) -> Tensor:
-    """Means over the tokens that count, float32 [layer, 1, 1, position or 1, …].
+def _mean(node: xr.Dataset, counts: xr.DataArray, kind: str, needed: NDArray[np.bool_] | None) -> Tensor:
+    """Means over the tokens that count, float32 [layer, 1, 1, position or 1, …]; with `needed` [position] one for each
+    position, 0 at those that are not needed and have none.
 
     `moments` would make a covariance as well, which takes as many numbers as the square of the width.
     """
     rows = token_rows(node, "ablation")
-    groups, width = n_position or 1, rows.sizes[rows.dims[-1]]
-    group = xr.zeros_like(counts, dtype=np.int64) if n_position is None else label(node, "position")
+    groups, width = 1 if needed is None else len(needed), rows.sizes[rows.dims[-1]]
+    group = xr.zeros_like(counts, dtype=np.int64) if needed is None else label(node, "position")
     sums = reduce_tokens(partial(_sums, groups=groups), np.add, rows, (counts, group), shape=(groups, 1 + width))
     total = np.asarray(sums)
     n = total[..., :1]
-    if (empty := np.flatnonzero((n == 0).reshape(-1, groups).any(0))).size:
-        at = "" if n_position is None else f" at position {empty[0]}"
+    if (empty := np.flatnonzero((n == 0).reshape(-1, groups).any(0) & (True if needed is None else needed))).size:
+        at = "" if needed is None else f" at position {empty[0]}"
         raise SchemaError(f"no token of the store counts{at}: there is no mean of {kind} to put in")
-    mean = np.moveaxis(total[..., 1:] / n, -2, 1)  # [layer, position, head, …], as a prompt's values are laid out
+    mean = np.divide(total[..., 1:], n, out=np.zeros_like(total[..., 1:]), where=n > 0)
+    mean = np.moveaxis(mean, -2, 1)  # [layer, position, head, …], as a prompt's values are laid out
     return torch.from_numpy(mean.astype(np.float32))[:, None, None]
 
 

@@ -126,9 +126,9 @@ def top_edges(
     """The `k` strongest edges of every pattern, or with `by_query` the `k` keys that each query attends to most.
 
     Along `rank`, the strongest first and of equal ones the earlier query, then the earlier key: `query`, `key` (int32,
-    −1 where a sequence has fewer edges) and `weight` (float32, NaN there). With `by_query` there is a dimension `query`
-    in place of the variable. `exclude_bos` passes over edges to position 0, which many heads attend to when they
-    attend to nothing in particular, and `exclude_current_token` over those of queries to themselves.
+    −1 where a sequence has fewer with a weight) and `weight` (float32, NaN there). With `by_query` there is a dimension
+    `query` in place of the variable. `exclude_bos` passes over edges to position 0, which many heads attend to when
+    they attend to nothing in particular, and `exclude_current_token` over those of queries to themselves.
 
     SchemaError for what is no pattern, and for a `k` that is not between 1 and the number of edges.
     """
@@ -183,7 +183,7 @@ def attention_entropy(pattern: Pattern, *, window: int | None = None) -> xr.Data
         weight = np.where(np.isnan(block), 0.0, block).astype(np.float64)
         terms = weight * np.log(np.where(weight > 0, weight, 1.0))
         nothing = (weight < 0).any(-1) | (weight.sum(-1) == 0)
-        return np.where(nothing, np.nan, -terms.sum(-1)).astype(np.float32)
+        return np.where(nothing, np.nan, np.maximum(-terms.sum(-1), 0.0)).astype(np.float32)
 
     found = _by_block(value, entropy, ["query"])
     share = found / xr.DataArray(np.where(most > 0, most, np.nan).astype(np.float32), dims="query")
@@ -278,7 +278,7 @@ def _strongest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The strongest edges, numbered row by row (with `by_query` within their row), −1 where there are fewer, and their
     weights."""
-    weight = np.where(allowed & ~np.isnan(block), block, -np.inf)
+    weight = np.where(allowed & (block > 0), block, -np.inf)
     n = weight.shape[-1]
     lead, size = (weight.shape[:-1], n) if by_query else (weight.shape[:-2], n * n)
     flat = weight.reshape(math.prod(lead), size)

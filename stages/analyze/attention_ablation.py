@@ -23,7 +23,8 @@ from ..models.interventions import SCORES, Intervention
 from ..models.points import HookPoint
 from ..models.taps import HookSpec
 from .intervention_effect import compare_logits
-from .metrics import Metric
+from .metrics import Divergence, Metric, divergence, logits_at, place_of
+from .patching import window_of
 from .prompts import Prompt, one_prompt, text_of
 
 if TYPE_CHECKING:
@@ -71,14 +72,14 @@ def knockout_effect(
     """
     spec = knockout if isinstance(knockout, KnockoutSpec) else KnockoutSpec(edges=list(knockout))
     ids = one_prompt(model, prompt)
-    place = _place(position, len(ids))
+    place = place_of(position, len(ids))
     asked = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1).tolist()
     _check_tokens(asked, top, model.spec.d_vocab)
     hooks = spec.hooks(model.spec)
     same = HookSpec().capture(*(change.pattern for change in hooks.changes))
-    base, changed = (_logits_at(model, ids[None], one, place)[None] for one in (same, hooks))
+    base, changed = (logits_at(model, ids[None], one, place)[None] for one in (same, hooks))
     effect = compare_logits(base, changed, [1], top=top).isel(sequence=0, position=0, drop=True)
-    effect = effect.assign_coords(position=place)
+    effect = effect.assign_attrs(metric_position=position)
     if asked:
         effect = effect.merge(_of_tokens(base[0, 0], changed[0, 0], asked))
     return _labelled(model, effect, asked)
@@ -104,7 +105,7 @@ def knockout_sweep(
     where; None: the divergence KL(base ‖ changed) of the prediction at the last position, in nats.
 
     Gives, float32: `metric` [layer] or [layer, head], of the model so changed; `baseline` (0-d), of the model as it
-    is; and `change`, metric − baseline. The measured position is the coordinate `position`.
+    is; and `change`, metric − baseline. The attributes say which metric it is, and at which position.
 
     `batch_size` knockouts are run in one forward, beside the prompt as it is, so that rounding is the same in both.
     Memory: a forward of `batch_size` + 1 sequences with one layer's scores and pattern, and the logits of one position
@@ -119,25 +120,28 @@ def knockout_sweep(
     ids = one_prompt(model, prompt)
     KnockoutSpec(edges=edges, layers=layers, heads=heads).hooks(model.spec)
     chosen = [_numbers(layers, "layer", model.spec.n_layers), _numbers(heads, "head", model.spec.n_heads)]
-    place = _place(-1 if metric is None else metric.position, len(ids))
+    place = place_of(-1 if metric is None else metric.position, len(ids))
     if metric is not None:
         metric.at_position(torch.zeros(1, model.spec.d_vocab, device=model.device), _first_prompt(1, model))
     sweep = _Sweep(model=model, ids=ids, cut=_mask(model, edges, len(ids)), metric=metric, place=place)
     together = [[head] for head in chosen[1]] if len(by) == 2 else [chosen[1]]
-    centres = [_window(layer, window, model.spec.n_layers) for layer in chosen[0]]
+    centres = [window_of(layer, window, model.spec.n_layers) for layer in chosen[0]]
     variants = [_Variant(layers=around, heads=own) for around in centres for own in together]
     parts = [sweep.run(variants[i : i + batch_size]) for i in range(0, len(variants), batch_size)]
     measured = torch.cat([values for values, _ in parts])
     change = torch.cat([values - base for values, base in parts])
     shape, coords = [len(one) for one in chosen[: len(by)]], dict(zip(by, chosen, strict=False))
-    units = "KL, nats" if metric is None else metric.unit
+    units = Divergence.unit if metric is None else metric.unit
     told = {name: {"units": units, "long_name": text} for name, text in _SWEPT.items()}
     found = {
         "metric": (tuple(by), measured.reshape(shape).numpy(), told["metric"]),
         "baseline": ((), parts[0][1].numpy(), told["baseline"]),
         "change": (tuple(by), change.reshape(shape).numpy(), told["change"]),
     }
-    return xr.Dataset(found, coords={**coords, "position": place}, attrs={"window": window})
+    name, at = ("Divergence", -1) if metric is None else (type(metric).__name__, metric.position)
+    return xr.Dataset(
+        found, coords=coords, attrs={"metric": name, "units": units, "metric_position": at, "window": window}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +168,12 @@ class _Sweep:
         hooks = HookSpec()
         for layer in sorted({layer for variant in variants for layer in variant.layers}):
             hooks = hooks.intervene(HookPoint(SCORES, layer), self._cutting(variants, layer))
-        logits = _logits_at(self.model, ids, hooks, self.place)
+        logits = logits_at(self.model, ids, hooks, self.place)
         if self.metric is None:
-            measured = _divergences(logits)
+            measured = divergence(logits[:1], logits).cpu()
         else:
             numbers = _first_prompt(len(logits), self.model)
-            measured = self.metric.at_position(logits.float(), numbers).detach().cpu().float()
+            measured = self.metric.at_position(logits, numbers).detach().cpu().float()
         return measured[1:], measured[0]
 
     def _cutting(self, variants: Sequence[_Variant], layer: int) -> Intervention:
@@ -185,34 +189,10 @@ class _Sweep:
         return apply
 
 
-def _logits_at(model: Model, ids: Tensor, hooks: HookSpec, place: int) -> Tensor:
-    """The logits [sequence, vocab] of a forward at one position: the others are not projected."""
-    held: list[Tensor] = []
-
-    def sink(point: HookPoint, tensor: Tensor) -> None:
-        if point.kind == "hook_final_norm":
-            held.append(tensor[:, place].clone())
-
-    model.forward(ids, hooks.capture("hook_final_norm"), logits=False, sink=sink)
-    with torch.no_grad():
-        return model.unembedding.project(held[0])
-
-
-def _divergences(logits: Tensor) -> Tensor:
-    """KL(first ‖ each) of logits [sequence, vocab], float32 [sequence], computed in float64: most are very small."""
-    each = logits[:, None]
-    compared = compare_logits(each[:1].expand_as(each), each, [1] * len(logits), top=1)
-    return torch.from_numpy(compared["kl_divergence"].values[:, 0])
-
-
 def _mask(model: Model, edges: Sequence[Edge], n_positions: int) -> Tensor:
     """Edges to be cut, boolean [query, key]: what KnockoutSpec says of a model of one head."""
     single = replace(model.spec, n_layers=1, n_heads=1, n_kv_heads=1)
     return KnockoutSpec(edges=edges).mask(single, n_positions)[0, 0]
-
-
-def _window(layer: int, size: int, n_layers: int) -> range:
-    return range(max(0, layer - size // 2), min(n_layers, layer + (size + 1) // 2))
 
 
 def _numbers(index: Index | None, dim: str, size: int) -> list[int]:
@@ -222,12 +202,6 @@ def _numbers(index: Index | None, dim: str, size: int) -> list[int]:
 def _first_prompt(n: int, model: Model) -> Tensor:
     """To which prompt each of `n` sequences belongs: there is one."""
     return torch.zeros(n, dtype=torch.int64, device=model.device)
-
-
-def _place(position: int, n: int) -> int:
-    if not -n <= position < n:
-        raise SchemaError(f"position {position} is measured, and the prompt has {n} tokens: {-n} to {n - 1}")
-    return position % n
 
 
 def _check_tokens(asked: Sequence[int], top: int, n_vocab: int) -> None:

@@ -175,17 +175,20 @@ def _fill(
             values[point.kind][(*site, *(slice(size) for size in result.shape))] = result
 
 
-def patching_agreement(exact: xr.Dataset, approximate: xr.Dataset) -> xr.Dataset:
+def patching_agreement(exact: xr.Dataset, approximate: xr.Dataset, *, least: float = 1e-3) -> xr.Dataset:
     """How well estimated effects of patches agree with measured ones: `activation_patching` and `attribution_patching`
     of the same sites.
 
     What is compared, all sites and pairs of a kind together, is how far each patch moves the metric from that of the
-    run that is patched. Gives, float64 along `kind`: `pearson` and `spearman` correlation (ties have their mean rank);
-    `slope`, of the least-squares line of the estimates over the measured effects; `sign_agreement`, the fraction of
-    sites moved at all whose estimate moves the same way; and `n_site` (int64), how many sites were compared, those
-    that are NaN left out. NaN where there are too few, or they are all alike.
+    run that is patched. Sites that both leave alone are left out, and those that are NaN: where the prompts do not
+    differ yet, an estimate is exactly 0 and a measured effect rounding, less than `least` of the kind's largest effect.
 
-    SchemaError where the two have not the same variables, sizes, direction and metric.
+    Gives, float64 along `kind`: `pearson` and `spearman` correlation (ties have their mean rank); `slope`, of the
+    least-squares line of the estimates over the measured effects; `sign_agreement`, the fraction of effects of at least
+    `least` of the largest whose estimate moves the same way; `n_site` and `n_signed` (int64), how many sites were
+    compared, and how many of them have such an effect. NaN where there are too few, or they are all alike.
+
+    SchemaError where the two have not the same variables, sites, prompts, direction and metric.
     """
     kinds = [str(name) for name in exact.data_vars if name not in BASELINES]
     _check_comparable(exact, approximate, kinds)
@@ -193,16 +196,18 @@ def patching_agreement(exact: xr.Dataset, approximate: xr.Dataset) -> xr.Dataset
     rows = []
     for kind in kinds:
         moved, estimated = (
-            (result[kind] - result[base]).values.astype(np.float64).ravel() for result in (exact, approximate)
+            (result[kind] - result[base]).transpose(*exact[kind].dims).values.astype(np.float64).ravel()
+            for result in (exact, approximate)
         )
         there = ~(np.isnan(moved) | np.isnan(estimated))
-        rows.append(_agreement(moved[there], estimated[there]))
+        rows.append(_agreement(moved[there], estimated[there], least))
     said = {
         "pearson": "Pearson correlation of estimated and measured effects",
         "spearman": "Spearman correlation of estimated and measured effects",
         "slope": "slope of estimated over measured effects",
         "sign_agreement": "fraction of effects whose sign is estimated rightly",
         "n_site": "sites compared",
+        "n_signed": "sites with an effect that has a sign",
     }
     variables: dict[str, Any] = {
         name: ("kind", [row[n] for row in rows], {"units": "1", "long_name": said[name]}) for n, name in enumerate(said)
@@ -215,22 +220,29 @@ def _check_comparable(exact: xr.Dataset, approximate: xr.Dataset, kinds: Sequenc
         if name not in exact or name not in approximate or exact[name].sizes != approximate[name].sizes:
             sizes = [dict(result[name].sizes) if name in result else None for result in (exact, approximate)]
             raise SchemaError(f"results of the same sites are compared, and {name} is {sizes[0]} and {sizes[1]}")
+        for label in sorted(
+            {*map(str, exact[name].dims), "token_id", "corrupted_token_id"} & {*map(str, exact.coords)}
+        ):
+            if label not in approximate.coords or not exact[label].equals(approximate[label]):
+                raise SchemaError(f"results of the same sites are compared, and their {label} differ")
     for name in ("direction", "metric", "metric_position"):
         if exact.attrs.get(name) != approximate.attrs.get(name) or name not in exact.attrs:
             said = [result.attrs.get(name) for result in (exact, approximate)]
             raise SchemaError(f"results of the same {name} are compared, not of {said[0]} and {said[1]}")
 
 
-def _agreement(moved: NDArray[np.float64], estimated: NDArray[np.float64]) -> list[float]:
+def _agreement(moved: NDArray[np.float64], estimated: NDArray[np.float64], least: float) -> list[float]:
     from scipy.stats import rankdata
 
-    signed = moved != 0
+    has_effect = np.abs(moved) > least * np.abs(moved).max(initial=0.0)
+    touched = has_effect | (estimated != 0)
+    moved, estimated, signed = moved[touched], estimated[touched], has_effect[touched]
     same = float((np.sign(moved) == np.sign(estimated))[signed].mean()) if signed.any() else np.nan
     variance = float(np.square(moved - moved.mean()).sum()) if len(moved) else 0.0
     together = float(((moved - moved.mean()) * estimated).sum()) if len(moved) else 0.0
     slope = together / variance if variance > 0 else np.nan
     ranks = _correlation(rankdata(moved), rankdata(estimated))
-    return [_correlation(moved, estimated), ranks, slope, same, len(moved)]
+    return [_correlation(moved, estimated), ranks, slope, same, len(moved), int(signed.sum())]
 
 
 def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

@@ -23,6 +23,7 @@ from ..models.model import Model
 from ..models.offsets import OTHER
 from ..models.points import BLOCK, HookPoint, dims_of
 from ..models.taps import HookSpec
+from .metrics import divergence
 from .patching import Pairs, patch, sites_of, variant_logits
 from .prompts import Prompts, many_prompts
 
@@ -38,7 +39,7 @@ def block_patching(
     block_size: int = 4,
     hook: str = "hook_resid_post",
     position_map: Sequence[Sequence[int]] | None = None,
-    spans: Sequence[Spans] | None = None,
+    spans: Spans | Sequence[Spans] | None = None,
     batch_size: int = 32,
 ) -> xr.Dataset:
     """Run each original prompt with the counterfactual's stream in every block of layers at every position, and compare
@@ -50,8 +51,9 @@ def block_patching(
     for each pair a list with, for each position of the original, one of the counterfactual, both counted from 0. None:
     the positions themselves where both are equally long; otherwise `map_positions` by the span "fact".
 
-    `spans`: for each pair labelled spans of the original text, such as `{"fact": "The Eiffel Tower is in"}`, from
-    which every token gets its `token_type`: "fact", "fact_final" for the last token of it, or "other".
+    `spans`: for each pair labelled spans of the original text (of one pair alone, its own), such as
+    `{"fact": "The Eiffel Tower is in"}`, from which every token gets its `token_type`: "fact", "fact_final" for the
+    last token of it, or "other".
 
     Gives, along `pair`, `block` and `position`: `kl_divergence` (float32, nats, KL(original ‖ patched)); `changed`
     (float32: 1 where another token became the likeliest, else 0; means of it are the shares that the protocol reports)
@@ -79,12 +81,12 @@ def block_patching(
         base, other = (next(variant_logits(model, row, [()], len(row) - 1)) for row in (ids, others))
         found["original_top_token_id"][number] = int(base.argmax())
         found["counterfactual_top_token_id"][number] = int(other.argmax())
-        found["counterfactual_kl_divergence"][number] = float(_divergence(base, other))
+        found["counterfactual_kl_divergence"][number] = float(divergence(base, other))
         points = [HookPoint(hook, layer) for layer in range(model.spec.n_layers)]
         captured = model.forward(others[None], HookSpec().capture(*points), logits=False).captures
         variants = _variants(hook, blocks, captured, places)
         parts = [
-            (_divergence(base, logits), logits.argmax(-1).cpu())
+            (divergence(base, logits).cpu(), logits.argmax(-1).cpu())
             for logits in variant_logits(model, ids, variants, len(ids) - 1, batch_size=batch_size)
         ]
         shape = (len(blocks), len(ids))
@@ -123,11 +125,12 @@ def _check(model: Model, prompts: Mapping[str, Batch], hook: str, block_size: in
             raise SchemaError(f"{name} = {number}: at least 1")
 
 
-def _labels(model: Model, texts: Prompts, batch: Batch, spans: Sequence[Spans] | None) -> list[tuple[str, ...]]:
+def _labels(model: Model, texts: Prompts, batch: Batch, spans: Spans | Sequence[Spans] | None) -> list[tuple[str, ...]]:
     """The type of every token of each original prompt."""
     if spans is None:
         return [(OTHER,) * length for length in batch.lengths]
     given = [texts] if isinstance(texts, str) else list(texts)
+    spans = [spans] if isinstance(spans, Mapping) else spans
     if len(spans) != len(given):
         raise SchemaError(f"there are {len(given)} original prompts and spans of {len(spans)}: give those of each")
     labels = []
@@ -188,14 +191,6 @@ def _variants(
     for block, (position, place) in itertools.product(blocks, enumerate(places)):
         found = [patch(HookPoint(hook, layer), captured[HookPoint(hook, layer)], position=place) for layer in block]
         yield [(point, intervention.at(position=position)) for point, intervention in found]
-
-
-def _divergence(base: Tensor, other: Tensor) -> Tensor:
-    """KL(base ‖ other) [sequence] of logits [1, vocab] and [sequence, vocab], in nats, on the CPU."""
-    log_p, log_q = base.cpu().double().log_softmax(-1), other.cpu().double().log_softmax(-1)
-    # A probability of 0 adds nothing, though its logarithm is −∞.
-    terms = (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0)
-    return terms.sum(-1).clamp_min(0).float()
 
 
 _SAID = {

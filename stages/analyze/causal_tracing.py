@@ -22,7 +22,7 @@ from ..models.model import Model
 from ..models.points import BLOCK, HookPoint, dims_of
 from ..models.taps import HookSpec
 from .metrics import Metric
-from .patching import Pairs, Sites, Variant, check_metric, patch, run_variants, sites_of
+from .patching import Pairs, Sites, Variant, check_metric, patch, run_variants, sites_of, window_of
 from .prompts import Prompt, one_prompt, position_coords
 
 TOKEN_TYPES = (
@@ -122,7 +122,7 @@ def indirect_effect(result: xr.Dataset) -> xr.Dataset:
     return effect
 
 
-def embedding_std(model: Model, texts: Iterable[str] | None = None) -> float:
+def embedding_std(model: Model, texts: str | Iterable[str] | None = None) -> float:
     """The standard deviation of the embeddings, all their numbers together: of every token of the vocabulary once, or
     of the tokens of texts, such as the subjects of many facts. As they are at `hook_embed`. Sums are float64; memory is
     that of 4096 embeddings.
@@ -130,6 +130,7 @@ def embedding_std(model: Model, texts: Iterable[str] | None = None) -> float:
     if texts is None:
         ids = torch.arange(model.spec.d_vocab)
     else:
+        texts = [texts] if isinstance(texts, str) else texts
         ids = torch.cat([model.tokenizer.to_tokens(text, prepend_bos=False)[0] for text in texts])
     sums = np.zeros(2)
     for some in ids.split(_AT_ONCE):
@@ -172,8 +173,7 @@ def _around(kind: str, layer: int, window: int, n_layers: int) -> range:
     """The layers that are restored together."""
     if kind in _STREAMS:
         return range(layer, layer + 1)
-    first = layer - window // 2
-    return range(max(0, first), min(n_layers, first + window))
+    return window_of(layer, window, n_layers)
 
 
 def _captured(sites: Sites, model: Model, window: int) -> Iterator[HookPoint]:
@@ -209,6 +209,8 @@ def _token_type(position: int, subject: list[int], n_positions: int) -> str:
     before, first, middle, last, subsequent, further, end = TOKEN_TYPES
     if position < subject[0]:
         return before
+    if position < subject[-1] and position not in subject:  # in a gap of it, where no noise is
+        return further
     if position <= subject[-1]:  # of a subject of one token that is the last one
         return last if position == subject[-1] else first if position == subject[0] else middle
     if position == n_positions - 1:

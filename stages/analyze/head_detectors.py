@@ -25,6 +25,7 @@ from .attention import Pattern, lengths_of, weights_of
 from .effective_attention import normalize_effective_attention
 
 if TYPE_CHECKING:
+    from ..models.checkpoint import Tokenizer
     from ..models.model import Model
 
 KINDS = ("previous_token", "duplicate_token", "induction")
@@ -119,6 +120,7 @@ def random_repeats(
         known = vocab.tokenizer.vocabulary.special
         size = min(size, vocab.tokenizer.tokenizer.get_vocab_size())
         special = {one for one in (known.bos, known.eos, known.unk) if one is not None}
+        special |= _special(vocab.tokenizer.tokenizer, size)
         first = known.bos if bos == "model" else bos
     head = [int(first)] if isinstance(first, int) else []
     choices = np.setdiff1d(np.arange(size), [*special, *head])
@@ -130,6 +132,13 @@ def random_repeats(
     generator = np.random.default_rng(seed)
     halves = [generator.choice(choices, length, replace=False) for _ in range(n_sequences)]
     return torch.tensor([[*head, *half, *half] for half in np.stack(halves).tolist()], dtype=torch.int64)
+
+
+def _special(tokenizer: Tokenizer, size: int) -> set[int]:
+    """The tokens that a tokenizer itself takes for special: those that it can leave out of a text."""
+    rows = [[one] for one in range(size)]
+    with_them, without = (tokenizer.decode_batch(rows, skip_special_tokens=skip) for skip in (False, True))
+    return {one for one in range(size) if with_them[one] and not without[one]}
 
 
 def detect_heads(
@@ -193,7 +202,7 @@ def _pooled(score: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
 
 
 def _result(score: xr.DataArray, n_query: xr.DataArray, measure: str) -> xr.Dataset:
-    told = {"units": "share", "long_name": _MEASURES[measure][0]}
+    told = {"units": "fraction", "long_name": _MEASURES[measure][0]}
     found = {
         "score": score.astype(np.float32).transpose("kind", ...).assign_attrs(told),
         "n_query": n_query.transpose("kind", ...).assign_attrs(

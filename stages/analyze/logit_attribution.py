@@ -118,7 +118,7 @@ def neuron_attribution(
     """
     reading, spec, held = _Reading.of(model, tokens, against), model.spec, Held.of(captures, select)
     chosen = range(spec.n_layers) if layers is None else list(layers)
-    if absent := [layer for layer in chosen if not 0 <= layer < spec.n_layers] or not chosen:
+    if (absent := [layer for layer in chosen if not 0 <= layer < spec.n_layers]) or not chosen:
         raise SchemaError(f"layers {absent or 'none'}: the layers of this model are 0 to {spec.n_layers - 1}")
     if top is not None and not 1 <= top <= spec.d_mlp:
         raise SchemaError(f"top = {top} neurons are asked for; from 1 to {spec.d_mlp:,} can be told, or None: all")
@@ -322,8 +322,8 @@ def _check_ids(tokens: Tokens, n_vocab: int) -> None:
             return
         least = -1
     given = np.atleast_1d(np.asarray(tokens))
-    if absent := [one for one in np.unique(given).tolist() if not least <= one < n_vocab] or not given.size:
-        raise SchemaError(f"there is no token {absent}: the vocabulary has {n_vocab:,}, numbered from 0")
+    if (absent := [one for one in np.unique(given).tolist() if not least <= one < n_vocab]) or not given.size:
+        raise SchemaError(f"there is no token {absent or 'given'}: the vocabulary has {n_vocab:,}, numbered from 0")
 
 
 def _of_decomposition(components: xr.Dataset, reading: _Reading) -> xr.Dataset:

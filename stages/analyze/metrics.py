@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...stores.errors import SchemaError
+from ..models.model import Model
+from ..models.points import HookPoint
+from ..models.taps import HookSpec
+
+_FINAL = HookPoint("hook_final_norm")
 
 TokenOf = int | Sequence[int]
 """A token of the vocabulary, or one for each prompt."""
@@ -106,20 +112,52 @@ class Divergence(Metric):
             )
         if int(prompt.max()) >= len(self.reference):
             raise SchemaError(f"the divergence has the logits of {len(self.reference)} prompts, and there are more")
-        log_p = self.reference.to(logits.device).float()[prompt].log_softmax(-1)
-        terms = log_p.exp() * (log_p - logits.log_softmax(-1))
-        return terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1)
+        return divergence(self.reference.to(logits.device)[prompt], logits)
+
+
+def place_of(position: int, length: int) -> int:
+    """A position of a prompt of this many tokens, counted from 0. SchemaError where it is outside."""
+    if not -length <= position < length:
+        raise SchemaError(f"position {position} is measured, and the prompt has {length} tokens")
+    return position % length
+
+
+def logits_at(model: Model, token_ids: Tensor, hooks: HookSpec, position: int) -> Tensor:
+    """The logits of a forward at one position, float32 [sequence, vocab]: those of the others are never made."""
+    kept: list[Tensor] = []
+
+    def keep(point: HookPoint, value: Tensor) -> None:
+        if point == _FINAL:
+            kept.append(value[:, position].clone())
+
+    model.forward(token_ids, hooks.capture(_FINAL), logits=False, sink=keep)
+    with torch.no_grad():
+        return model.unembedding.project(kept.pop()).float()
+
+
+def divergence(base: Tensor, other: Tensor) -> Tensor:
+    """KL(base ‖ other) of logits [..., vocab], float32 [...], in nats.
+
+    Computed in float64, for in float32 the rounding of a large vocabulary exceeds small divergences; on Apple's GPUs,
+    which have none, in float32.
+    """
+    wide = torch.float32 if other.device.type == "mps" else torch.float64
+    log_p, log_q = base.to(wide).log_softmax(-1), other.to(wide).log_softmax(-1)
+    # A probability of 0 adds nothing, though its logarithm is −∞.
+    terms = (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0)
+    return terms.sum(-1).clamp_min(0).float()
 
 
 def _of_token(logits: Tensor, token: TokenOf, prompt: Tensor) -> Tensor:
-    asked = [token] if isinstance(token, int) else list(token)
+    alone = np.ndim(token) == 0  # a number, of Python's or of numpy's
+    asked = [int(one) for one in np.atleast_1d(np.asarray(token))]
     for one in asked:
         if not 0 <= one < logits.shape[-1]:
             raise SchemaError(
                 f"there is no token {one}: the vocabulary has {logits.shape[-1]:,} tokens, numbered from 0"
             )
-    if not isinstance(token, int) and int(prompt.max()) >= len(asked):
+    if not alone and int(prompt.max()) >= len(asked):
         raise SchemaError(f"the metric has {len(asked)} tokens, and there are more prompts: give one for each")
     ids = torch.tensor(asked, device=logits.device)
-    ids = ids.expand(len(logits)) if isinstance(token, int) else ids[prompt]
+    ids = ids.expand(len(logits)) if alone else ids[prompt]
     return logits.gather(-1, ids[:, None])[:, 0]

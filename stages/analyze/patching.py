@@ -25,9 +25,9 @@ from ..models.batch import Batch
 from ..models.errors import HookError, nearest
 from ..models.interventions import Intervention, NamedIntervention, Replace
 from ..models.model import Model
-from ..models.points import BLOCK, STATE, HookPoint, dims_of
+from ..models.points import BLOCK, STATE, HookPoint, dims_of, expand
 from ..models.taps import HookSpec
-from .metrics import Divergence, Metric
+from .metrics import Divergence, Metric, logits_at, place_of
 from .prompts import Prompts, many_prompts
 
 Variant: TypeAlias = Sequence[tuple[HookPoint, NamedIntervention]]
@@ -39,8 +39,8 @@ ADDRESSES = ("layer", "head", "kv_head", "position")
 BASELINES = ("clean", "corrupted")
 """Variables of a result that hold the metric of runs in which nothing is patched."""
 
-_FINAL = HookPoint("hook_final_norm")
 _LOGITS = HookPoint("hook_logits")
+_NO_LOGITS = "logits are read at one position only and cannot be intervened on here"
 _NOT_PATCHED = {
     _LOGITS.kind: "what a metric is read from is not patched",
     STATE: "of a recurrent state only chosen positions are captured; patch what is written to it, rwkv.hook_v",
@@ -161,6 +161,10 @@ def sites_of(
             raise HookError(f"this model has no kind of hook point {kind!r}.{hint}")
         if kind in _NOT_PATCHED:
             raise HookError(f"{kind} cannot be patched: {_NOT_PATCHED[kind]}")
+        if positions is not None and "position" not in dims_of(kind):
+            raise SchemaError(
+                f"{kind} is laid out by {', '.join(dims_of(kind))} and patched whole: leave out positions"
+            )
     n_layers = model.spec.n_layers
     chosen = tuple(range(n_layers)) if layers is None else tuple(map(int, layers))
     for layer in chosen:
@@ -238,19 +242,11 @@ def variant_logits(
     """As `run_variants`, giving the logits at one position, float32 [variant, vocab], one forward after the other."""
     if batch_size < 1:
         raise SchemaError(f"batch_size = {batch_size}: at least 1 variant is run at a time")
-    kept: list[Tensor] = []
-
-    def keep(point: HookPoint, value: Tensor) -> None:
-        if point == _FINAL:
-            kept.append(value[:, position].clone())
-
+    if hooks is not None and _LOGITS in expand([change.pattern for change in hooks.changes], model.spec.points()):
+        raise HookError(_NO_LOGITS)
     left = iter(variants)
     while batch := list(itertools.islice(left, batch_size)):
-        spec = together(batch, hooks or HookSpec()).capture(_FINAL)
-        model.forward(token_ids.expand(len(batch), -1), spec, logits=False, sink=keep)
-        with torch.no_grad():
-            logits = model.unembedding.project(kept.pop()).float()
-        yield logits
+        yield logits_at(model, token_ids.expand(len(batch), -1), together(batch, hooks or HookSpec()), position)
 
 
 def together(variants: Sequence[Variant], hooks: HookSpec) -> HookSpec:
@@ -264,8 +260,8 @@ def together(variants: Sequence[Variant], hooks: HookSpec) -> HookSpec:
                     f"variant of the batch: wrap a function in Apply"
                 )
             by_point.setdefault(point, []).append(intervention.at(sequence=sequence))
-    if str(_LOGITS) in map(str, (*(change.pattern for change in hooks.changes), *by_point)):
-        raise HookError("logits are read at one position only and cannot be intervened on here")
+    if _LOGITS in by_point:
+        raise HookError(_NO_LOGITS)
     for point, interventions in by_point.items():
         # States are changed position by position, by interventions that are looked at one by one.
         acting = interventions if point.kind == STATE else [_OneAfterAnother(interventions)]
@@ -293,13 +289,13 @@ class _OneAfterAnother(NamedIntervention):
 
 def metric_position(metric: Metric, length: int) -> int:
     """Where in a prompt of this many tokens a metric is measured, counted from 0. SchemaError where that is outside."""
-    return _counted(metric.position, length)
+    return place_of(metric.position, length)
 
 
-def _counted(position: int, length: int) -> int:
-    if not -length <= position < length:
-        raise SchemaError(f"position {position} is measured, and the prompt has {length} tokens")
-    return position % length
+def window_of(layer: int, window: int, n_layers: int) -> range:
+    """The layers of a window around one, from window // 2 before it on, clipped to the model."""
+    first = layer - window // 2
+    return range(max(0, first), min(n_layers, first + window))
 
 
 def check_metric(model: Model, metric: Metric, lengths: Sequence[int]) -> None:
@@ -324,7 +320,7 @@ def divergence_from(model: Model, prompts: Prompts, *, position: int = -1) -> Di
     With it `recovery` is candle-mi's, 1 − KL_patched / KL_corrupted. Raises as `run_variants` does.
     """
     rows = many_prompts(model, prompts).rows()
-    found = [next(variant_logits(model, row, [()], _counted(position, len(row)))) for row in rows]
+    found = [next(variant_logits(model, row, [()], place_of(position, len(row)))) for row in rows]
     return Divergence(reference=torch.cat(found), position=position)
 
 

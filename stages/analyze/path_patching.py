@@ -177,7 +177,8 @@ def _layers(model: Model, senders: Sequence[str], ends: Sequence[_End], layers: 
             raise HookError(f"{kind!r} is no sender: {', '.join(SENDERS)} are.{nearest(kind, SENDERS)}")
     every = range(model.spec.n_layers)
     if layers is None:
-        below = [layer for layer in every if any(_reaches(model, _sender(kind, layer), ends) for kind in senders)]
+        inside = [kind for kind in senders if kind in BLOCK]
+        below = [layer for layer in every if any(_reaches(model, _sender(kind, layer), ends) for kind in inside)]
         if not below and set(senders) - {"hook_embed"}:
             raise SchemaError(f"no sender lies below {', '.join(str(end.point) for end in ends)}")
         return below or [0]

@@ -82,7 +82,7 @@ def position_sweep(
         for name, one in metrics.items():
             found[name].append(one.at_position(logits, prompt_number).cpu())
     shown = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    return _labelled(model, token_ids, places, metrics, shown, at)
+    return _labelled(model, token_ids, places, metrics, shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,6 @@ def _labelled(
     places: Sequence[int],
     metrics: dict[str, Metric],
     shown: dict[str, Any],
-    measured: int,
 ) -> xr.Dataset:
     """`shown` holds the metric of the run without edits, and then those of each position."""
     variables: dict[str, Any] = {}
@@ -179,6 +178,8 @@ def _labelled(
         variables[f"{name}_baseline"] = ((), baseline, {**units, "long_name": f"{metric.unit} without edits"})
         change = {**units, "long_name": "change by the edits"}
         variables[f"{name}_change"] = ("position", edited - baseline, change)
+    first = next(iter(metrics.values()))
+    attrs = {"metric": ", ".join(type(one).__name__ for one in metrics.values()), "metric_position": first.position}
     every = position_coords(model, token_ids)
     here = {name: (dim, np.asarray(values)[list(places)]) for name, (dim, values) in every.items()}
-    return xr.Dataset(variables, coords=here, attrs={"metric_position": measured})
+    return xr.Dataset(variables, coords=here, attrs=attrs)

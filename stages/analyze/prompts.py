@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...stores.errors import SchemaError
@@ -23,11 +22,12 @@ def one_prompt(model: Model, prompt: Prompt) -> Tensor:
     """The token ids [position] of one prompt, int64 on the CPU. SchemaError for several, and as `Model.forward`
     raises.
     """
-    ids: Prompts = prompt  # type: ignore[assignment]
-    if not isinstance(prompt, str):
-        held = torch.as_tensor(prompt)
-        ids = held[None] if held.dim() == 1 else held
-    batch = model.to_batch(ids)
+    many: Prompts = prompt  # type: ignore[assignment]
+    if isinstance(prompt, Tensor):
+        many = prompt[None] if prompt.dim() == 1 else prompt
+    elif not isinstance(prompt, str) and all(isinstance(one, int | np.integer) for one in prompt):
+        many = [[int(one) for one in prompt]]
+    batch = model.to_batch(many)
     if len(batch.lengths) != 1:
         raise SchemaError(f"one prompt is expected here, not {len(batch.lengths)}: give them one after the other")
     return batch.token_ids[0].cpu()

@@ -334,3 +334,17 @@ def test_texts_are_prompts_too(model: Model) -> None:
     settings: dict[str, Any] = {"metric": Logit(token=3), "by": ["layer", "position"]}
     found = ablation_effect(model, texts, ["hook_resid_post"], **settings)
     xr.testing.assert_identical(found, ablation_effect(model, ids, ["hook_resid_post"], **settings))
+
+
+def test_a_mean_of_each_position_leaves_the_first_one_alone_by_default(
+    model: Model, tiny_model: Path, store: xr.DataTree
+) -> None:
+    """No token of position 0 counts, and none is needed there."""
+    settings: dict[str, Any] = {"metric": METRIC, "kind": "mean", "from_": store, "per_position": True}
+    found = ablation_effect(model, PROMPTS, ["hook_mlp_out"], **settings)
+    node = store["hook_mlp_out"].to_dataset().compute()
+    for number, prompt in enumerate(PROMPTS):
+        at = range(1, len(prompt))
+        means = [node["value"].values[2][node["position"].values == p].astype(np.float64).mean(0) for p in at]
+        edits = {("hook_mlp_out", 2): put(torch.from_numpy(np.stack(means)), at)}
+        close(found["hook_mlp_out"][number, 2], logit(tiny_model, number, edits))

@@ -467,3 +467,18 @@ def test_a_divergence_can_be_made_by_hand(model: Model) -> None:
     by_hand = Divergence(reference=logits, position=-2)
     found = [activation_patching(model, CLEAN, CORRUPTED, metric, layers=[1]) for metric in (ours, by_hand)]
     xr.testing.assert_allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["hook_logits", "unembed.hook_out", "hook_log*"])
+def test_logits_cannot_be_intervened_on_under_any_name(model: Model, pattern: str) -> None:
+    hooks = HookSpec().intervene(pattern, Scale(0.0))
+    with pytest.raises(HookError, match="logits are read at one position only"):
+        run_variants(model, torch.tensor([3, 4, 5]), [()], Logit(token=1), hooks=hooks)
+
+
+def test_positions_of_what_has_none_are_refused(model: Model) -> None:
+    settings: dict[str, Any] = {"hooks": ["hook_resid_pre", "attn.hook_pattern"], "positions": [0]}
+    with pytest.raises(
+        SchemaError, match=r"attn.hook_pattern is laid out by .* and patched whole: leave out positions"
+    ):
+        activation_patching(model, [[3, 4, 5]], [[3, 7, 5]], Logit(token=1), **settings)

@@ -267,7 +267,9 @@ def test_agreement_is_that_of_scipy_over_all_sites_that_both_have() -> None:
     x, y = (np.round((r["hook_resid_pre"] - r["corrupted"]).values.ravel(), 12) for r in (exact, found))
     both = ~np.isnan(x) & ~np.isnan(y)
     x, y = x[both], y[both]
-    assert int(agreement["n_site"]) == 58
+    touched = (x != 0) | (y != 0)
+    x, y = x[touched], y[touched]
+    assert int(agreement["n_site"]) == len(x)
     np.testing.assert_allclose(agreement["pearson"], stats.pearsonr(x, y).statistic, rtol=1e-9)
     np.testing.assert_allclose(agreement["slope"], stats.linregress(x, y).slope, rtol=1e-9)
     signed = x != 0
@@ -283,6 +285,43 @@ def test_a_result_agrees_with_itself_and_one_that_moves_nothing_says_nothing() -
     still = exact.assign(hook_resid_pre=exact["corrupted"].broadcast_like(exact["hook_resid_pre"]))
     none = patching_agreement(still, exact).isel(kind=0)
     assert all(np.isnan(none[name]) for name in ("pearson", "spearman", "slope", "sign_agreement"))
+
+
+def test_sites_that_both_leave_alone_count_for_nothing() -> None:
+    """Where the prompts do not differ yet an estimate is 0 and a measured effect is rounding, of either sign."""
+    exact, found = results()
+    apart = patching_agreement(exact, found).isel(kind=0)
+    rounding = np.random.default_rng(1).normal(size=(3, 20, 5)) * 1e-6
+    base = exact["corrupted"].values[:, None, None]
+    wider = [
+        xr.Dataset(
+            {
+                "hook_resid_pre": (dims := ("pair", "layer", "position"), np.concatenate([values, base + more], 1)),
+                "clean": one["clean"],
+                "corrupted": one["corrupted"],
+            },
+            attrs=one.attrs,
+        )
+        for one, values, more in (
+            (exact, exact["hook_resid_pre"].values, rounding),
+            (found, found["hook_resid_pre"].values, np.zeros((3, 20, 5))),
+        )
+    ]
+    assert dims == exact["hook_resid_pre"].dims
+    together = patching_agreement(*wider).isel(kind=0)
+    for name in apart.data_vars:
+        assert float(together[name]) == pytest.approx(float(apart[name]), rel=1e-6)
+
+
+def test_results_of_the_same_size_at_other_layers_or_of_other_prompts_are_not_compared() -> None:
+    exact, found = (one.assign_coords(layer=[0, 1, 2, 3]) for one in results())
+    with pytest.raises(SchemaError, match="their layer differ"):
+        patching_agreement(exact, found.assign_coords(layer=[20, 21, 22, 23]))
+    ids = ("pair", "position"), np.arange(15).reshape(3, 5)
+    with pytest.raises(SchemaError, match="their token_id differ"):
+        patching_agreement(exact.assign_coords(token_id=ids), found.assign_coords(token_id=(ids[0], ids[1] + 1)))
+    turned = found.transpose("position", "layer", "pair")
+    xr.testing.assert_allclose(patching_agreement(exact, turned), patching_agreement(exact, found))
 
 
 def test_results_of_other_sites_directions_or_metrics_are_not_compared() -> None:

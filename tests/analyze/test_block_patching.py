@@ -196,3 +196,10 @@ def test_a_map_may_be_a_tensor(model: Model) -> None:
     maps: Any = [torch.tensor(places) for places in MAPS]
     found = block_patching(model, ORIGINAL, COUNTERFACTUAL, position_map=maps)
     xr.testing.assert_identical(found, block_patching(model, ORIGINAL, COUNTERFACTUAL, position_map=MAPS))
+
+
+def test_spans_of_one_pair_may_stand_alone(model: Model) -> None:
+    settings: dict[str, Any] = {"block_size": 2}
+    text, other = "truth is so well fixed", "truth was so well fixed"
+    one = block_patching(model, text, other, spans={"fact": "truth is"}, **settings)
+    xr.testing.assert_identical(one, block_patching(model, text, other, spans=[{"fact": "truth is"}], **settings))

@@ -228,3 +228,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     monkeypatch.setattr(Model, "forward", forbidden)
     with pytest.raises(error, match=said):
         causal_tracing(model, **{"prompt": IDS, "subject": SUBJECT, "metric": METRIC, **changed})
+
+
+def test_a_text_is_one_text_and_not_its_letters(model: Model) -> None:
+    assert embedding_std(model, "truth is so well") == embedding_std(model, ["truth is so well"])
+
+
+def test_a_gap_in_the_subject_is_no_part_of_it(model: Model) -> None:
+    found = causal_tracing(model, [5, 9, 17, 3, 8], [1, 3], Logit(token=2), n_samples=1, layers=[0])
+    assert found["token_type"].values.tolist() == [
+        "before the subject",
+        "first subject token",
+        "further tokens",
+        "last subject token",
+        "last token",
+    ]

@@ -295,3 +295,13 @@ def test_what_cannot_be_scored_is_refused(captured: xr.DataTree, model: Model) -
         random_repeats(model, length=300)
     with pytest.raises(ModelError, match="context of this model is 64 long"):
         detect_heads(model, length=40)
+
+
+def test_no_special_token_is_among_random_ones(tiny_model: Path) -> None:
+    """Those that a text can be rid of, beside the beginning and the end of a sequence."""
+    model = forebay.load_model(tiny_model, device="cpu")
+    inner: Any = model.tokenizer.tokenizer
+    inner.add_special_tokens([inner.id_to_token(one) for one in (262, 270, 281)])
+    drawn = random_repeats(model, n_sequences=20, length=250, bos=None).numpy()
+    assert not np.isin(drawn, [0, 262, 270, 281]).any()
+    assert np.isin([261, 263, 271, 282], drawn).all()

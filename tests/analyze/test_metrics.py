@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from forebay.stages.analyze.metrics import Divergence, Logit, LogitDifference, LogProbability, Metric, Probability
+from forebay.stages.analyze.prompts import one_prompt
+from forebay.stages.models.load import load_model
 from forebay.stores.errors import SchemaError
 
 LENGTHS = (5, 3, 4)
@@ -50,6 +54,21 @@ def test_rows_that_belong_to_one_prompt_share_its_token() -> None:
     np.testing.assert_allclose(found, [row(0, -1)[9], row(1, -1)[4], row(2, -1)[9]], rtol=1e-6)
 
 
+def test_a_small_divergence_is_not_lost_in_rounding() -> None:
+    base = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(1)).double()
+    other = base + 1e-4 * torch.randn(1, 50_000, generator=torch.Generator().manual_seed(2)).double()
+    p = base.softmax(-1)
+    due = float((p * (base.log_softmax(-1) - other.log_softmax(-1))).sum())
+    found = Divergence(reference=base)(other[:, None], [1])
+    assert 0 < due < 1e-8
+    np.testing.assert_allclose(found, due, rtol=1e-5)
+    assert float(Divergence(reference=base)(base[:, None], [1])) == 0
+
+
+def test_a_token_may_be_a_number_of_numpys() -> None:
+    assert torch.equal(Logit(token=np.int64(4))(LOGITS, LENGTHS), Logit(token=4)(LOGITS, LENGTHS))  # type: ignore[arg-type]
+
+
 def test_a_probability_of_zero_in_the_reference_adds_nothing() -> None:
     reference = torch.tensor([[0.0, -torch.inf, 1.0]])
     found = Divergence(reference=reference)(torch.tensor([[[0.0, 50.0, 1.0]]]), [1])
@@ -80,3 +99,14 @@ def test_metrics_can_be_differentiated() -> None:
 def test_what_cannot_be_measured_is_refused(metric: Metric, said: str) -> None:
     with pytest.raises(SchemaError, match=said):
         metric(LOGITS, LENGTHS)
+
+
+def test_one_prompt_is_a_text_or_its_ids_however_they_come(tiny_model: Path) -> None:
+    model = load_model(tiny_model, device="cpu")
+    for given in ([5, 6, 7], [np.int64(5), 6, 7], torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]]), [[5, 6, 7]]):
+        assert one_prompt(model, given).tolist() == [5, 6, 7]  # type: ignore[arg-type]
+    text = one_prompt(model, "truth is").tolist()
+    assert one_prompt(model, ["truth is"]).tolist() == text  # type: ignore[arg-type]
+    for several in (["truth is", "so well"], [[5, 6], [7]], torch.ones(2, 3, dtype=torch.int64)):
+        with pytest.raises(SchemaError, match="one prompt is expected here, not 2"):
+            one_prompt(model, several)  # type: ignore[arg-type]

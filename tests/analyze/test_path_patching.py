@@ -296,3 +296,9 @@ def test_attention_beside_an_mlp_does_not_lie_below_it() -> None:
     with pytest.raises(SchemaError, match=r"blocks\.2\.attn\.hook_z does not lie below blocks\.2\.mlp\.hook_in"):
         path_patching(parallel, clean, corrupted, layers=[1, 2], **settings)
     assert path_patching(parallel, clean, corrupted, **settings)["layer"].values.tolist() == [0, 1]
+
+
+def test_a_sender_outside_the_blocks_adds_no_layers_of_nothing(model: Model) -> None:
+    settings: dict[str, Any] = {"senders": ["hook_embed", "attn.hook_z"], "receivers": "blocks.1.attn.hook_v"}
+    found = path_patching(model, [[3, 4, 5]], [[3, 7, 5]], Logit(token=1), **settings)
+    assert found["layer"].values.tolist() == [0]
