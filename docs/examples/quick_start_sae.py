@@ -66,7 +66,7 @@ def features_of(
         "n_active": ("position", (features != 0).sum(-1).cpu().numpy()),
         "mean_square_error": ("position", error.mean(-1).cpu().numpy(), {"long_name": "mean square error"}),
         "cosine": ("position", torch.cosine_similarity(found, y).cpu().numpy()),
-        "fvu": float(error[1:].sum() / variance),
+        "fvu": float(error[1:].sum() / variance) if variance > 0 else float("nan"),
     }
     return xr.Dataset(columns, coords=position_coords(model, token_ids), attrs={"hook": dictionary.hook})
 
@@ -93,7 +93,8 @@ def draw(result: xr.Dataset, output: Path) -> None:
 
 def table(result: xr.Dataset) -> Table:
     fvu = float(result["fvu"])
-    found = Table(title=f"Features at {result.attrs['hook']}; FVU without position 0: {fvu:.3f}")
+    told = f"{fvu:.3f}" if fvu == fvu else "needs two tokens more"
+    found = Table(title=f"Features at {result.attrs['hook']}; FVU without position 0: {told}")
     for name in ("position", "token", "active", "MSE", "cosine", "strongest"):
         found.add_column(name, justify="left" if name in ("token", "strongest") else "right")
     for place in range(result.sizes["position"]):

@@ -67,28 +67,33 @@ def main(
 
 
 def draw(result: xr.Dataset, output: Path) -> None:
-    """A bar for every condition, under that of the model as it is."""
+    """Two bars for every condition, under those of the model as it is: all rhymes, and those of another word."""
     from matplotlib import pyplot
 
     from forebay import plot
 
-    numbers = np.concatenate([[result["n_baseline_rhymes"].item()], result["n_rhymes"].values])
     names = np.array(["as it is", *result["condition"].values], dtype=object)
-    counted = xr.DataArray(numbers, dims="condition", coords={"condition": names}, attrs=result["n_rhymes"].attrs)
-    ax = plot.bars(counted)
-    ax.figure.savefig(output / "recurrent_feedback.png", dpi=120)
-    pyplot.close(ax.figure)
+    plain = (result["baseline_rhymes"], result["baseline_rhymes"] & ~result["baseline_repeats"])
+    changed = (result["rhymes"], result["rhymes"] & ~result["repeats"])
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.3 * len(names)), layout="constrained")
+    for ax, before, after, title in zip(axes, plain, changed, ("all rhymes", "rhymes of another word"), strict=True):
+        numbers = np.concatenate([[before.sum().item()], after.sum("couplet").values])
+        counted = xr.DataArray(numbers, dims="condition", coords={"condition": names}, attrs=result["n_rhymes"].attrs)
+        plot.bars(counted, title=title, ax=ax)
+    figure.savefig(output / "recurrent_feedback.png", dpi=120)
+    pyplot.close(figure)
 
 
 def counts(result: xr.Dataset) -> Table:
     """A row for every condition."""
-    found = Table(title=f"Of {result.sizes['couplet']} couplets {int(result['n_baseline_rhymes'])} rhyme as it is")
+    plain = f"{int(result['n_baseline_rhymes'])} rhyme as it is, {int(result['n_baseline_repeats'])} repeat the word"
+    found = Table(title=f"Of {result.sizes['couplet']} couplets {plain}")
     found.add_column("condition")
-    for name in ("rhyme", "rescued", "lost"):
+    for name in ("rhyme", "repeat", "rescued", "lost"):
         found.add_column(name, justify="right")
     for name in result["condition"].values:
         row = result.sel(condition=name)
-        found.add_row(str(name), *(str(int(row[count])) for count in ("n_rhymes", "n_rescued", "n_lost")))
+        found.add_row(str(name), *(str(int(row[count])) for count in ("n_rhymes", "n_repeats", "n_rescued", "n_lost")))
     return found
 
 

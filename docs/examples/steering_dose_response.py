@@ -77,7 +77,7 @@ def table(curve: xr.Dataset) -> Table:
             f"{float(row['attention']):.3f}",
             f"{float(row['kl_divergence']):.4f}",
             f"{row['probability'].item():.4f}",
-            f"{row['logit_difference'].item():+.3f}",
+            f"{row['logit_change'].item():+.3f}",
         )
     return found
 

@@ -56,10 +56,10 @@ def probe_neurons(
     role = np.where(abs(best) >= threshold, np.array(names, dtype=object)[strength], UNKNOWN)
     steps, roles = np.arange(rnn.spec.n), np.array(names, dtype=object)
     coords = {"role": roles, "neuron": np.arange(rnn.spec.hidden), "time": steps}
-    attrs = {"long_name": "correlation with the role", "units": "Pearson's r"}
+    attrs = {"long_name": "Pearson's r with the role", "units": "1"}
     made = {
         "correlation": (("role", "neuron", "time"), correlation, attrs),
-        "best_correlation": (("neuron", "time"), best, {**attrs, "long_name": "correlation with the best role"}),
+        "best_correlation": (("neuron", "time"), best, {**attrs, "long_name": "Pearson's r with the best role"}),
         "best_role": (("neuron", "time"), role, {"long_name": "role of the neuron"}),
     }
     return xr.Dataset(made, coords=coords)
@@ -95,7 +95,7 @@ def linear_readout(
         _r2(hidden[:, t], np.stack([found.get(name, absent) for name in names], 1)) for t, found in enumerate(by_time)
     ]
     coords = {"quantity": np.array(names, dtype=object), "time": np.arange(rnn.spec.n)}
-    attrs = {"long_name": "variance read linearly", "units": "R²"}
+    attrs = {"long_name": "R² of a linear readout", "units": "1"}
     return xr.Dataset({"r2": (("quantity", "time"), np.stack(r2, axis=1), attrs)}, coords=coords)
 
 

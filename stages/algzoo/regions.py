@@ -55,7 +55,7 @@ def classify_regions(network: AlgZooNetwork, inputs: object) -> xr.Dataset:
     found = _described(rnn, patterns[first[order]], x[first[order]])
     counted = found.assign(count=("region", count[order]), fraction=("region", count[order] / len(x)))
     counted["count"].attrs = {"long_name": "inputs in the region", "units": "inputs"}
-    counted["fraction"].attrs = {"long_name": "inputs in the region", "units": "fraction of inputs"}
+    counted["fraction"].attrs = {"long_name": "fraction of inputs in the region", "units": "fraction"}
     return counted.assign(region_of_input=("input", rank[which.reshape(-1)])).assign_coords(input=np.arange(len(x)))
 
 
@@ -88,7 +88,7 @@ def enumerate_regions(network: AlgZooNetwork, *, most: int = 10_000, thinnest: f
 
     A region thinner than a `radius` of `thinnest` is left out, boundaries between regions among them. Where a
     pre-activation is zero throughout, its neuron counts as active. Time: a few milliseconds a region and neuron.
-    SchemaError once there are more than `most`, and for a transformer.
+    SchemaError once there are more than `most`, where none is left, and for a transformer.
     """
     rnn = recurrent(network, "enumerate_regions")
     W_ih, W_hh = _wide(rnn.W_ih), _wide(rnn.W_hh)
@@ -106,6 +106,8 @@ def enumerate_regions(network: AlgZooNetwork, *, most: int = 10_000, thinnest: f
                 )
     balls = [(*_deepest(branch.rows), branch.gates) for branch in found]
     balls = sorted((ball for ball in balls if ball[0] > thinnest), key=lambda ball: -ball[0])
+    if not balls:
+        raise SchemaError(f"no region has a radius above thinnest = {thinnest:g}: lower it")
     radius, centre, kept = (np.array(column) for column in zip(*balls, strict=True))
     made = _described(rnn, kept.reshape(-1, rnn.spec.n, rnn.spec.hidden), centre)
     made = made.assign(radius=("region", radius))

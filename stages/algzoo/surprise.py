@@ -10,10 +10,10 @@ Research Center, 2024) adds up the surprise of an explanation and the surprise t
     baseline_bits     the same without an explanation: every class equally probable
 
 An explanation is worth its length where total_bits is below baseline_bits, and says more than the weights do where it
-is below parameter_bits, the network as an explanation of itself. A predictive distribution is a prediction and how far
-it is trusted: a class has the probability `confidence`, the others share the rest evenly; around a number lies a
-Laplace distribution of scale `scale`, and numbers are told to RESOLUTION. candle-mi's accounting computes no bits; the
-rest of its report is the same here.
+is below parameter_bits, the network as an explanation of itself, its parameters told in as many bits a number. A
+predictive distribution is a prediction and how far it is trusted: a class has the probability `confidence`, the others
+share the rest evenly; around a number lies a Laplace distribution of scale `scale`, and numbers are told to RESOLUTION.
+candle-mi's accounting computes no bits; the rest of its report is the same here.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def surprise_accounting(
         "residual_bits": (surprise.sum(), "bit"),
         "total_bits": (estimator.n_bits + surprise.sum(), "bit"),
         "baseline_bits": (_baseline(spec, answer).sum(), "bit"),
-        "parameter_bits": (_bits_of_weights(network), "bit"),
+        "parameter_bits": (BITS * spec.n_params, "bit"),
         "n_params": (spec.n_params, "parameters"),
     }
     made: dict[str, Any] = {
@@ -246,10 +246,6 @@ def _equal(spec: AlgZooSpec, one: NDArray[Any], other: NDArray[Any], tolerance: 
 def _deviation(answer: NDArray[Any], predicted: NDArray[Any]) -> float:
     told = ~np.isnan(predicted)
     return float(abs(answer - predicted)[told].mean()) if told.any() else math.nan
-
-
-def _bits_of_weights(network: AlgZooNetwork) -> float:
-    return float(sum(8 * weight.element_size() * weight.numel() for weight in network.weights.values()))
 
 
 def _rounded(values: Floats) -> Floats:

@@ -302,7 +302,7 @@ def _sums(rows: NDArray[Any], counts: NDArray[np.bool_], group: NDArray[np.int64
         for first in range(0, n_token, ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             here = np.asarray(rows[place][some], dtype=np.float64)
-            kept = counts[some] & (group[some] < groups) & ~np.isnan(here).any(-1)
+            kept = counts[some] & (group[some] < groups) & np.isfinite(here).all(-1)
             to = group[some][kept]
             found[place][:, 0] += np.bincount(to, minlength=groups)
             if groups == 1:
@@ -351,8 +351,11 @@ def _rows(node: xr.Dataset, drawn: NDArray[np.int64]) -> Tensor:
     """The vectors of the tokens drawn, float32 [layer, draw, sequence, position, …]; of none, any."""
     tokens, place = np.unique(drawn[drawn >= 0], return_inverse=True)
     rows = node["value"].isel(token=tokens).values.astype(np.float32)
-    if np.isnan(rows).any():
-        raise SchemaError("there is NaN among the activations of the tokens drawn: their units are not recorded")
+    if not np.isfinite(rows).all():
+        raise SchemaError(
+            "there is NaN or infinity among the activations of the tokens drawn: units that are not recorded, or values "
+            "that overflowed"
+        )
     where = np.zeros(drawn.shape, np.int64)
     where[drawn >= 0] = place
     return torch.from_numpy(rows[:, where])

@@ -122,8 +122,10 @@ def character_count_manifold(
     - `cosine[…, character_count, character_count_2]` of the means without the center: where it falls below 0 and rises
       again with the distance between two counts, that is the ringing of a curve squeezed into few dimensions;
     - `sampling_fraction[…]`: how much of the variance of the means is to be expected from the spread of the tokens
-      alone, Σ variance / n_token over the sum of squares of the centred means. Where it is not well below 1, there are
-      too few tokens to see a curve, and no few components explain the rest of the variance.
+      alone, (1 − 1 / k) Σ variance / n_token of the k counts that have tokens, over the sum of squares of the centred
+      means. A count with one token has the variance of the others, weighed by n_token − 1; NaN where no count has two.
+      Where it is not well below 1, there are too few tokens to see a curve, and no few components explain the rest of
+      the variance.
 
     Memory as of `mean_by`. SchemaError for what is no such node, mask or label.
     """
@@ -136,12 +138,22 @@ def character_count_manifold(
     cosine = _cosines(centred, name)
     result = means.merge(found.drop_vars("n_token").rename(mean="center"))
     result["projection"] = project(means["mean"], found).assign_attrs(long_name="projection of the mean")
-    result["cosine"] = cosine.assign_attrs(long_name="cosine of centred means", units="cosine")
-    error = (means["variance"] / means["n_token"].where(means["n_token"] > 0)).sum(name)
-    share = error / (centred**2).sum((name, str(centred.dims[-1])))
+    result["cosine"] = cosine.assign_attrs(long_name="cosine of centred means", units="1")
+    share = _sampling_fraction(means, centred, name)
     result["sampling_fraction"] = share.assign_attrs(units="fraction", long_name="fraction expected from sampling")
     result[name].attrs = {"units": "characters", "long_name": "characters since the newline"}
     return result
+
+
+def _sampling_fraction(means: xr.Dataset, centred: xr.DataArray, name: str) -> xr.DataArray:
+    n, variance = means["n_token"], means["variance"]
+    degrees = (n - 1).clip(min=0).sum(name)
+    pooled = (variance * (n - 1)).sum(name) / degrees.where(degrees > 0)
+    k = (n > 0).sum(name)
+    # The center is a mean of the same means, and takes one of their k errors away.
+    error = (variance.fillna(pooled).where(n > 0) / n.where(n > 0)).sum(name) * (k - 1) / k.where(k > 0)
+    total = (centred**2).sum((name, str(centred.dims[-1])))
+    return error.where(np.isfinite(pooled)) / total.where(total > 0)
 
 
 def _cosines(vectors: xr.DataArray, dim: str) -> xr.DataArray:

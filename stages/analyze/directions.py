@@ -22,7 +22,7 @@ from ..models.model import Model
 from ..models.points import HookPoint
 from ..models.taps import HookSpec
 from .prompts import Prompts, many_prompts
-from .tokens import counted, vectors
+from .tokens import counted, same_tokens, vectors
 
 Method: TypeAlias = Literal["mean_difference", "first_component"]
 Of: TypeAlias = Literal["embedding", "unembedding"]
@@ -43,7 +43,7 @@ def mean_difference(
 
     `activations`: `value[…, token, …, width]`; other dimensions, such as `layer`, are kept. `positive` and `negative`
     are boolean [token]; None: all others. Tokens that do not count (those before position `skip_positions` of their
-    sequence, units that are not recorded, tokens with NaN among their values) are on neither side.
+    sequence, units that are not recorded, tokens with NaN or infinity among their values) are on neither side.
 
     Gives, all float64 but the counts: `direction[…, width]`, made of length 1 with `normalize` (0 stays 0);
     `mean_positive` and `mean_negative` [..., width]; `n_positive` and `n_negative` [...] (int64). NaN where a side has
@@ -86,7 +86,7 @@ def separation(
     for the Behavioral Sciences"); and `n_positive`, `n_negative` (int64). NaN where they are not defined. A d that is
     measured on the tokens that made the direction is too large: measure it on others.
 
-    SchemaError as `mean_difference`, and for a direction of another width.
+    SchemaError as `mean_difference`, and for a direction of another width or of other layers.
     """
     sides = _sides(activations, positive, negative, skip_positions)
     value = vectors(activations, "a separation")
@@ -99,8 +99,15 @@ def separation(
         )
     unit = direction.astype(np.float64).reset_coords(drop=True)
     unit = unit / np.sqrt((unit**2).sum(width))
-    along = xr.dot(value.reset_coords(drop=True), unit, dim=width)
-    used = sides & along.notnull()
+    try:
+        xr.align(value, unit, join="exact", copy=False, exclude=["token"])
+    except xr.AlignmentError as error:
+        kept = ", ".join(str(dim) for dim in unit.dims if dim in unit.coords)
+        raise SchemaError(f"direction and activations differ in {kept}: select the same of both") from error
+    rows = value.reset_coords(drop=True)
+    whole = (abs(rows) < np.inf).all(width)
+    along = xr.dot(rows.where(whole, 0.0), unit, dim=width)
+    used = sides & whole & along.notnull()
     found, spread = xr.Dataset(), {}
     for side in ("positive", "negative"):
         own = along.where(used.sel(side=side, drop=True))
@@ -126,6 +133,8 @@ def _sides(
                 f"`{name}` must be boolean [token] of the {n_token:,} tokens given, not {mask.dtype} "
                 f"[{', '.join(f'{dim}={size}' for dim, size in mask.sizes.items())}]"
             )
+        if mask is not None:
+            same_tokens(activations, mask, f"`{name}`")
     one = positive.reset_coords(drop=True)
     other = ~one if negative is None else negative.reset_coords(drop=True)
     if one.chunks is None and other.chunks is None and bool((one & other).any()):
@@ -135,10 +144,10 @@ def _sides(
 
 
 def _means(value: xr.DataArray, sides: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
-    """Count [side, …] and mean [side, …, width] of the tokens of each side, those with NaN left out."""
+    """Count [side, …] and mean [side, …, width] of the tokens of each side, those with NaN or infinity left out."""
     width = str(value.dims[-1])
     rows = value.reset_coords(drop=True).astype(np.float64)
-    whole = rows.notnull().all(width)
+    whole = (abs(rows) < np.inf).all(width)
     n = (sides & whole).sum("token").astype(np.float64)
     total = xr.dot(rows.where(whole, 0.0), sides.astype(np.float64), dim="token")
     lead = [dim for dim in value.dims if dim not in ("token", width)]
@@ -202,7 +211,7 @@ def contrastive_direction(
         coords={"layer": chosen},
     )
     for name, share in extra.items():
-        attrs = {"long_name": "share of the squared length of all differences", "units": "1"}
+        attrs = {"long_name": "share of the squared length of all differences", "units": "fraction"}
         found[name] = ("layer", share.astype(np.float32), attrs)
     return found
 

@@ -40,15 +40,16 @@ def massive_activations(
     `value` is lazy.
 
     `activations`: `value[…, token, …, width]` with the coordinates `sequence`, `position` and `token_id`; every other
-    dimension is kept. Tokens count as in `moments`, but here from the first position on, which holds most of
-    them; and NaN values do not. Along […, rank], rank 0 the largest, of equal magnitudes the earlier token, then the
-    lower channel, first:
+    dimension is kept. Tokens count as in `moments`, but here from the first position on, which holds most of them, and
+    value by value: NaN does not count, infinity does. Along […, rank], rank 0 the largest, of equal magnitudes the
+    earlier token, then the lower channel, first:
 
     - `value` (float32, signed), `channel`, `token` (its number among the tokens given), `sequence`, `position`,
       `token_id` (int64): NaN and −1 where there are fewer than `k`. With `distinct_channels`, each channel stands there
       once, by its own largest: otherwise one channel at the first position of every sequence fills the list.
     - `ratio` (float32): the magnitude over `median_magnitude[…]`, the median over all values of the layer that count:
-      exact where they are bfloat16; of others, at most 0.8 % too small, being cut off to bfloat16.
+      exact where they are bfloat16; of others, at most 0.8 % too small, being cut off to bfloat16. Where the median is
+      0, infinity for values that are not 0, and NaN for those that are.
     - `massive` (boolean): larger than `least_magnitude` and more than `least_ratio` times the median, the paper's 100
       and 1000.
 
@@ -89,12 +90,13 @@ def _labelled(found: Any, histogram: Any, rows: xr.DataArray, least_magnitude: f
     bins = xr.DataArray(histogram, dims=(*kept, "one", "bin"))
     median = histogram_quantile(bins, [0.5], _BITS, "bin").isel(one=0, quantile=0, drop=True)
     value = columns.isel(column=0)
-    ratio = abs(value) / median.where(median > 0)
+    magnitude = abs(value)
+    ratio = (magnitude / median.where(median > 0)).where((median != 0) | ~(magnitude > 0), np.inf)
     result = xr.Dataset(
         {
             "value": value.astype(np.float32).assign_attrs(long_name="activation"),
-            "ratio": ratio.astype(np.float32).assign_attrs(units="medians", long_name="magnitude over the median"),
-            "massive": ((abs(value) > least_magnitude) & (ratio > least_ratio)).assign_attrs(long_name="massive"),
+            "ratio": ratio.astype(np.float32).assign_attrs(units="1", long_name="magnitude over the median"),
+            "massive": ((magnitude > least_magnitude) & (ratio > least_ratio)).assign_attrs(long_name="massive"),
             "median_magnitude": median.astype(np.float32).assign_attrs(long_name="median magnitude"),
         },
         attrs={"least_magnitude": least_magnitude, "least_ratio": least_ratio},

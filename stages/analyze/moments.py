@@ -32,8 +32,8 @@ def moments(
     """Mean and covariance over the tokens that count, lazily where `value` is lazy.
 
     `activations`: `value[…, token, …, width]`; every other dimension, such as `layer` or `head`, is kept, and its
-    coordinates. `where` boolean [token] narrows the tokens further. A token with NaN among its values, as in units that
-    are not recorded, does not count.
+    coordinates. `where` boolean [token] narrows the tokens further. A token with NaN or infinity among its values, as
+    in units that are not recorded, does not count.
 
     Gives, all float64 but `n_token` int64: `n_token[…]`, `mean[…, width]`, and `covariance[…, width, width_2]`, the
     scatter divided by `n_token − ddof`; NaN where that is not above 0, as is the mean of no tokens. Exact to rounding
@@ -131,7 +131,7 @@ def _merge_block(blocks: Packed, axis: int, merge: Callable[[Packed, Packed], Pa
 
 def packed_moments(rows: NDArray[Any], counts: NDArray[np.bool_] | None = None) -> Packed:
     """Moments, packed, of rows [..., token, width] in memory, of which those count that `counts` [token] says and that
-    hold no NaN.
+    are finite.
     """
     lead, (n_token, width) = rows.shape[:-2], rows.shape[-2:]
     found = np.zeros((*lead, width + 1, width + 1))
@@ -139,7 +139,7 @@ def packed_moments(rows: NDArray[Any], counts: NDArray[np.bool_] | None = None) 
     for place in np.ndindex(*lead):
         for first in range(0, n_token, ROWS_AT_ONCE):
             some = np.asarray(rows[place][first : first + ROWS_AT_ONCE], dtype=np.float64)
-            kept = ~np.isnan(some).any(-1)
+            kept = np.isfinite(some).all(-1)
             kept &= True if counts is None else counts[first : first + ROWS_AT_ONCE]
             if kept.any():
                 found[place] = merged_moments(found[place], _of_rows(some[kept]))

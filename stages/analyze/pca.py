@@ -43,7 +43,7 @@ def pca(
     Gives, float64 but `n_token` int64: `components[…, component, width]`, orthonormal, `mean[…, width]`,
     `explained_variance[…, component]` (n − 1), `explained_variance_ratio[…, component]` of the variance of all
     components, `singular_values[…, component]` of the centred rows, and `n_token[…]`. NaN where fewer than two tokens
-    count or a value is infinite. Components past the rank of the data are orthonormal, arbitrary, and explain nothing.
+    count. Components past the rank of the data are orthonormal, arbitrary, and explain nothing.
 
     `method="covariance"`: exact, one pass; memory (1 + width)² numbers an entry and chunk being merged.
     `method="randomized"`: `n_iter` power iterations from n_omit + n_components + 10 random directions of `seed`, in
@@ -62,9 +62,9 @@ def pca_of(vectors: xr.DataArray, dim: str, n_components: int, *, n_omit: int = 
     """Principal components of labelled vectors [..., dim, ..., width] over `dim`, whatever it is called; such as
     mean vectors over `character_count`, or decoder rows over `feature`.
 
-    `width` is the last dimension that is not `dim`. Gives what `pca` gives, exactly; a vector with NaN does not count,
-    and `n_token` is the number of those that do. Lazy where `vectors` are. SchemaError for a `dim` that is not there,
-    and for more components than the width has.
+    `width` is the last dimension that is not `dim`. Gives what `pca` gives, exactly; a vector with NaN or infinity does
+    not count, and `n_token` is the number of those that do. Lazy where `vectors` are. SchemaError for a `dim` that is
+    not there, and for more components than the width has.
     """
     others = [name for name in vectors.dims if name != dim]
     if dim not in vectors.dims or not others:
@@ -319,7 +319,7 @@ def _sketched(rows: NDArray[Any], counts: NDArray[np.bool_], basis: NDArray[np.f
     for place in np.ndindex(*lead):
         for first in range(0, n_token, ROWS_AT_ONCE):
             some = np.asarray(rows[place][first : first + ROWS_AT_ONCE], dtype=np.float64)
-            some = some[counts[first : first + ROWS_AT_ONCE] & ~np.isnan(some).any(-1)]
+            some = some[counts[first : first + ROWS_AT_ONCE] & np.isfinite(some).all(-1)]
             if len(some):
                 found[place] = _merged_sketches(found[place], _sketch_of_rows(some, basis[place]))
     return found

@@ -29,7 +29,7 @@ DRAWN_AT_ONCE = 2**21
 """Documents drawn at a time: 16 MiB of numbers, of which about three are in memory together."""
 MAX_TRIALS = 100
 
-_ACCURACY = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_cluster_low", "accuracy_cluster_high")
+_ACCURACY = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_wilson_low", "accuracy_wilson_high")
 _BALANCED = ("balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high")
 _AUC = ("auc", "auc_low", "auc_high")
 _R2 = ("r2", "r2_low", "r2_high")
@@ -81,7 +81,8 @@ def decision(rows: NDArray[Any], solution: Floats) -> Floats:
         weight, bias = flat[place][:, 1:].T, flat[place][:, 0]
         for first in range(0, rows.shape[-2], ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
-            found[place][some] = rows[place][some].astype(np.float64) @ weight + bias
+            with np.errstate(invalid="ignore"):  # of rows with infinities, whose scores are then not finite
+                found[place][some] = rows[place][some].astype(np.float64) @ weight + bias
     return found.reshape(*rows.shape[:-1], *solution.shape[-3:-1])
 
 
@@ -115,7 +116,8 @@ def variables(table: Any, kept: Sequence[Hashable], several: Sequence[str], n_cl
     of_labels, of_controls = table[(*every, 0)], table[(*every, slice(1, None))]
     found = {}
     for i, name in enumerate(statistics_of(n_class)):
-        attrs = {"units": "", "long_name": " ".join(_LONG_NAMES.get(word, word) for word in name.split("_"))}
+        said = " ".join(_LONG_NAMES.get(word, word) for word in name.split("_"))
+        attrs = {"units": _units(name, n_class), "long_name": said}
         controls = ((*kept, "control", *several, "split"), of_controls[..., i], attrs)
         if name.startswith("selectivity"):
             found[name] = controls
@@ -130,10 +132,19 @@ def variables(table: Any, kept: Sequence[Hashable], several: Sequence[str], n_cl
     return found
 
 
+def _units(name: str, n_class: int) -> str:
+    if name == "n_example":
+        return "examples"
+    return "fraction" if n_class and not name.startswith("auc") else "1"
+
+
 def held_out(documents: NDArray[np.int64], validation: float | Iterable[int], seed: int) -> NDArray[np.bool_]:
     n = len(documents)
     if isinstance(validation, Iterable):
-        found = np.isin(documents, list(validation))
+        wanted = np.array(list(validation), dtype=np.int64)
+        if unknown := np.setdiff1d(wanted, documents).tolist():
+            raise SchemaError(f"documents {unknown} are to be held out, and have no token with a label")
+        found = np.isin(documents, wanted)
     elif not 0 < validation < 1:
         raise SchemaError(f"validation = {validation}: a share of the documents between 0 and 1, or which documents")
     else:
@@ -191,14 +202,15 @@ class Measures:
 
         `column` tells apart settings that were fitted together; there is one number of an example where there are two
         classes (above 0 is the second) or none, and otherwise one a class (the largest is predicted). An example whose
-        scores are NaN does not count. Of controls there is the accuracy, or R², and the selectivity; the rest is NaN.
+        scores are NaN or infinite does not count. Of controls there is the accuracy, or R², and the selectivity; the
+        rest is NaN.
         """
         scores = scores.reshape(*scores.shape[:-1], -1, self.n_class if self.n_class > 2 else 1)
         lead, (n_set, n_column) = scores.shape[:-4], scores.shape[-3:-1]
         found = np.full((*lead, n_set, n_column, len(SPLITS), len(statistics_of(self.n_class))), np.nan)
         for place in np.ndindex(*lead):
             for split, held_out in enumerate((False, True)):
-                kept = (self.validation == held_out) & ~np.isnan(scores[place]).any((1, 2, 3))
+                kept = (self.validation == held_out) & np.isfinite(scores[place]).all((1, 2, 3))
                 for column in range(n_column):
                     some = scores[place][kept][:, :, column]
                     found[(*place, slice(None), column, split)] = self._of_split(some, kept)
@@ -278,8 +290,8 @@ def _classified(
     row = {"accuracy": float(_accuracy(sums.sum(0)))}
     if not full:
         return row, sums
-    row |= zip(_ACCURACY[1:3], wilson(right.sum(), len(label), draws.confidence), strict=True)
-    row |= zip(_ACCURACY[3:], draws.interval(sums, _accuracy), strict=True)
+    row |= zip(_ACCURACY[1:3], draws.interval(sums, _accuracy), strict=True)
+    row |= zip(_ACCURACY[3:], wilson(right.sum(), len(label), draws.confidence), strict=True)
     row["balanced_accuracy"] = float(_balanced(sums.sum(0)))
     row |= zip(_BALANCED[1:], draws.interval(sums, _balanced), strict=True)
     if n_class == 2:

@@ -144,7 +144,7 @@ def _class_means(coding: Coding, rows: NDArray[Any], *labels: NDArray[Any]) -> F
         for first in range(0, rows.shape[-2], ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             part = rows[place][some].astype(np.float64)
-            kept = ~np.isnan(part).any(-1)
+            kept = np.isfinite(part).all(-1)
             coded = coding.coded(of_set[:, some])[kept]
             count = coded.sum(0)[:, None]
             mean = np.divide(coded.T @ part[kept], count, out=np.zeros((len(count), part.shape[1])), where=count > 0)
@@ -344,8 +344,9 @@ def _loss(rows: NDArray[Any], labels: NDArray[Any], raw: Floats, possible: NDArr
         weight = raw[entry].reshape(-1, packed)
         for first in range(0, rows.shape[1], ROWS_AT_ONCE):
             part = rows[entry, first : first + ROWS_AT_ONCE].astype(np.float64, copy=False)
-            scores = part @ weight[:, 1:].T + weight[:, 0]
-            kept = ~np.isnan(scores).any(-1)
+            with np.errstate(invalid="ignore"):  # infinities, which are left out
+                scores = part @ weight[:, 1:].T + weight[:, 0]
+            kept = np.isfinite(scores).all(-1)
             label = labels[:, first : first + ROWS_AT_ONCE].T
             if not kept.all():
                 part, scores, label = part[kept], scores[kept], label[kept]

@@ -86,19 +86,22 @@ def probe(
     - `ridge`: linear regression on the label as a number, ‖w‖² weighted by `alpha`; several of them make a dimension
       `alpha`. Lazy.
 
-    `validation`: the share of documents held out (a permutation seeded by `seed`), or which documents. `standardize`
+    `validation`: the share of documents held out (a permutation seeded by `seed`), or which documents. In packed
+    windows a held-out token also reads documents before it in its window: capture with layout="documents", or label
+    such tokens −1. `standardize`
     scales rows by mean and standard deviation of the training split for logistic and ridge; what is given is folded
     back, so that `weight · value + bias` is the score: log-odds of the second class, or what is predicted.
 
     Gives `weight[…, (alpha, class,) width]` and `bias` (float64; of two classes one weight, positive for the second,
-    otherwise one a `class`), and by `split` (train, validation): `n_example`; `accuracy` with Wilson's interval
-    `accuracy_low` and `_high` and that of documents drawn again, `accuracy_cluster_low` and `_high`;
-    `balanced_accuracy`, and of two classes `auc`, exact, or for ridge `r2`, each with `_low` and `_high` by
-    `n_bootstrap` draws of documents. By `control`: the same probe's `control_accuracy` (`control_r2`) on labels drawn
-    for each token id from those of the training split (token_type) or permuted within each split (shuffle), and
-    `selectivity`, what the true labels have above that, with its interval. `class_count[split, class]`, and
-    `held_out[document]`. Logistic: `converged`, and `n_evaluation` of the loss. Intervals hold `confidence`; they are
-    NaN where there is one document. To choose `alpha` or a layer on the validation split makes its score too good.
+    otherwise one a `class`), and by `split` (train, validation): `n_example`; `accuracy`, `balanced_accuracy`, and of
+    two classes `auc`, exact, or for ridge `r2`, each with `_low` and `_high` by `n_bootstrap` draws of documents, and
+    Wilson's interval `accuracy_wilson_low` and `_high`, as of tokens that do not depend on each other, which is too
+    narrow where they do. By `control`: the same probe's `control_accuracy` (`control_r2`) on labels drawn for each
+    token id from those of the training split (token_type) or permuted within each split (shuffle), and `selectivity`,
+    what the true labels have above that, with its interval, which leaves out that other control labels might have been
+    drawn. A token with NaN or infinity counts nowhere. `class_count[split, class]`, and `held_out[document]`. Logistic:
+    `converged`, and `n_evaluation` of the loss. Intervals hold `confidence`; they are NaN where there is one document.
+    To choose `alpha` or a layer on the validation split makes its score too good.
 
     Labels, token ids and document numbers are read when called: about 100 bytes a token. Activations are read twice by
     lazy kinds, once to fit and once to score; compute the result as a whole. Logistic reads the layers of a chunk once
@@ -280,6 +283,8 @@ def _label_of_tokens(activations: xr.Dataset, labels: xr.DataArray, classify: bo
             f"{labels.dtype} [{', '.join(map(str, labels.dims))}]"
         )
     found = labels.values.astype(np.float64)
+    if np.isinf(found).any():
+        raise SchemaError(f"{int(np.isinf(found).sum()):,} labels are infinite: they must be finite, or NaN for none")
     if labels.dtype.kind in "iu" or classify:
         found[found == -1] = np.nan
     dim = str(labels.dims[0])

@@ -155,8 +155,9 @@ def feedback_sweep(
     in candle-mi's families the word of the first line is itself: `repeats` says where it came again.
 
     Gives along `condition` and `couplet`: `line`, `word` (texts), `rhymes` and `repeats` (bool); `n_rhymes`,
-    `n_rescued` and `n_lost` [condition] (int64), couplets that rhyme, that rhyme now, that no longer do;
-    `baseline_line`, `baseline_word`, `baseline_rhymes` and `baseline_repeats` [couplet]; `n_baseline_rhymes`.
+    `n_repeats`, `n_rescued` and `n_lost` [condition] (int64), couplets that rhyme, that repeat the word (and so rhyme
+    in candle-mi's families), that rhyme now, that no longer do; `baseline_line`, `baseline_word`, `baseline_rhymes`
+    and `baseline_repeats` [couplet]; `n_baseline_rhymes` and `n_baseline_repeats`.
     Coordinates: `first_line` and `family` [couplet], which counts from 1; `first_layer`, `last_layer`, `strength` (NaN:
     no feedback), `sustained` and `depth` [condition], whose own are texts.
 
@@ -199,7 +200,8 @@ def _second_lines(
 ) -> list[str]:
     """The first line that holds text of what a model writes after each prompt, as far as it is written."""
     if condition is None or condition.depth == 1:
-        written = model.generate(rows, max_new_tokens=max_new_tokens)
+        # Without a cache, as under the other conditions: else rounding might tell their texts apart.
+        written = model.generate(rows, max_new_tokens=max_new_tokens, cache=False)
         return [_first_line(model, one.token_ids.tolist())[0] for one in written]
     stops = model.tokenizer.vocabulary.stops
     ids: list[list[int]] = [[] for _ in rows]
@@ -250,13 +252,16 @@ def _labelled(
 ) -> xr.Dataset:
     before = np.array(plain[2])
     rhymes = np.array([one[2] for one in changed])
+    repeats = np.array([_repeats(couplets, one[1]) for one in changed])
+    again = {"long_name": "couplets that repeat the word", "units": "couplets"}
     both = ("condition", "couplet")
     variables = {
         "line": (both, _texts([one[0] for one in changed])),
         "word": (both, _texts([one[1] for one in changed])),
         "rhymes": (both, rhymes),
-        "repeats": (both, np.array([_repeats(couplets, one[1]) for one in changed])),
+        "repeats": (both, repeats),
         "n_rhymes": ("condition", rhymes.sum(1), {"long_name": "couplets that rhyme", "units": "couplets"}),
+        "n_repeats": ("condition", repeats.sum(1), again),
         "n_rescued": ("condition", (rhymes & ~before).sum(1), {"long_name": "that rhyme now", "units": "couplets"}),
         "n_lost": ("condition", (~rhymes & before).sum(1), {"long_name": "that rhyme no longer", "units": "couplets"}),
         "baseline_line": ("couplet", _texts(plain[0])),
@@ -264,6 +269,7 @@ def _labelled(
         "baseline_rhymes": ("couplet", before),
         "baseline_repeats": ("couplet", _repeats(couplets, plain[1])),
         "n_baseline_rhymes": ((), int(before.sum()), {"long_name": "couplets that rhyme plainly", "units": "couplets"}),
+        "n_baseline_repeats": ((), int(_repeats(couplets, plain[1]).sum()), again),
     }
     strengths = [math.nan if one.strength is None else one.strength for one in conditions]
     coords = {
@@ -310,8 +316,9 @@ def _check(
 
 def _check_room(model: Model, length: int, max_new_tokens: int) -> None:
     n_ctx = model.spec.n_ctx
-    if max_new_tokens < 1 or (n_ctx is not None and length + max_new_tokens > n_ctx):
+    if max_new_tokens < 1:
+        raise SchemaError(f"max_new_tokens = {max_new_tokens}: at least 1 is written")
+    if n_ctx is not None and length + max_new_tokens > n_ctx:
         raise SchemaError(
-            f"{max_new_tokens:,} new tokens after prompts of up to {length:,} cannot be written: at least 1, in a "
-            f"context of {n_ctx:,}"
+            f"{max_new_tokens:,} new tokens after prompts of up to {length:,} do not fit into a context of {n_ctx:,}"
         )

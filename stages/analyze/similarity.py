@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...stores.errors import SchemaError, nearest
 from .moments import ROWS_AT_ONCE, labelled_moments, reduce_tokens, token_rows
-from .tokens import counted, vectors
+from .tokens import counted, same_tokens, vectors
 
 CKA = Literal["exact", "minibatch"]
 
@@ -25,9 +25,10 @@ def layer_cosine(
     """The cosine of each token's vectors at two layers, its mean over the tokens that count: [..., layer, layer_2].
 
     `activations`: `value[…, layer, token, width]`; every other dimension, such as `head`, is kept. float64, lazily in
-    one pass where `value` is lazy. A token with NaN, or a vector of zeros, at any layer does not count; NaN where none
-    does. Memory: all layers of one chunk of tokens a thread; `open_run(path, chunks=None)` and `.chunk({"token": 4096,
-    "layer": -1})` keep that small. SchemaError for what is no such node or mask, and without `layer`.
+    one pass where `value` is lazy. A token with NaN or infinity, or a vector of zeros, at any layer does not count; NaN
+    where none does. Memory: all layers of one chunk of tokens a thread; `open_run(path, chunks=None)` and
+    `.chunk({"token": 4096, "layer": -1})` keep that small. SchemaError for what is no such node or mask, and without
+    `layer`.
     """
     rows, layers, width = _by_layer(activations, "a cosine between layers")
     counts = counted(activations, skip_positions, where)
@@ -60,7 +61,7 @@ def direction_cosine(activations: xr.Dataset, direction: xr.DataArray | NDArray[
 
     `activations`: `value[…, token, …, width]`. `direction` [width], or a variable [..., width] with dimensions of its
     own, such as one a layer or one a feature; its layers are the node's. NaN for a vector of zeros and where a value is
-    NaN. Memory: a chunk a thread, in float64. SchemaError where widths differ.
+    NaN or infinite. Memory: a chunk a thread, in float64. SchemaError where widths differ.
     """
     value = vectors(activations, "a cosine with a direction")
     width = str(value.dims[-1])
@@ -84,7 +85,7 @@ def direction_cosine(activations: xr.Dataset, direction: xr.DataArray | NDArray[
         dask="parallelized",
         output_dtypes=[np.float32],
     )
-    return found.rename("cosine").assign_attrs(long_name="cosine with the direction", units="cosine")
+    return found.rename("cosine").assign_attrs(long_name="cosine with the direction", units="1")
 
 
 # ── linear CKA ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,7 +106,8 @@ def linear_cka(
     ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) in Frobenius norms, of X [token, width] and Y [token, width of its own] without their means
     (Kornblith et al. 2019, "Similarity of neural network representations revisited", equation 2): from 0 to 1, the same
     whatever orthogonal maps and scales are put on either. `other` holds the same tokens in the same order, say of
-    another model, and makes the dimension `layer_2`. Tokens count as in `moments`, and only with no NaN anywhere.
+    another model, and makes the dimension `layer_2`. Tokens count as in `moments`, and only where all layers are
+    finite.
 
     `method="exact"`: from the joint covariance of all layers; memory (layers × width)² float64 numbers a chunk being
     merged: for some layers of a model. It is too high where there are not many more tokens than the width.
@@ -125,6 +127,8 @@ def linear_cka(
     if len({node.sizes["token"] for node in nodes}) > 1:
         sizes = " and ".join(f"{node.sizes['token']:,}" for node in nodes)
         raise SchemaError(f"CKA compares representations of the same tokens; what was given has {sizes}")
+    if other is not None:
+        same_tokens(activations, other, "`other`")
     rows, layers, widths = _joint(nodes)
     counts = counted(activations, skip_positions, where)
     spans = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths).tolist(), strict=True)]
@@ -160,7 +164,7 @@ def _normalized(shared: NDArray[np.float64]) -> NDArray[np.float64]:
 def _hsic(rows: NDArray[Any], counts: NDArray[np.bool_], *, spans: list[slice], batch: int) -> NDArray[np.float64]:
     """Sums over batches of the unbiased HSIC of every two layers, [layer, layer], of rows [token, layer × width]."""
     found = np.zeros((len(spans), len(spans)))
-    kept = np.flatnonzero(counts & ~np.isnan(rows).any(-1))
+    kept = np.flatnonzero(counts & np.isfinite(rows).all(-1))
     for first in range(0, len(kept) - batch + 1, batch):
         some = rows[kept[first : first + batch]].astype(np.float64)
         some -= some.mean(0)
@@ -229,7 +233,7 @@ def _between(data: Any, rows: xr.DataArray, layers: list[Any], name: str, said: 
     """The result [..., layer, layer_2] with its labels."""
     dims = (*rows.dims[:-2], "layer", "layer_2")
     coords = {**rows.coords, "layer": layers[0], "layer_2": layers[1]}
-    return xr.DataArray(data, dims=dims, coords=coords, name=name, attrs={"long_name": said, "units": name})
+    return xr.DataArray(data, dims=dims, coords=coords, name=name, attrs={"long_name": said, "units": "1"})
 
 
 def _positive(n: Any) -> Any:

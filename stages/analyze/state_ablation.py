@@ -81,7 +81,7 @@ def state_sweep(
     without a metric. `tokens` are ids, or words, as `find_token_id(word, last=True)` finds them.
 
     Gives [layer, position], float32: `kl_divergence` (nats) from the model as it is; with a metric `effect`, changed −
-    base; with tokens `probability` and `logit_difference` [layer, position, vocab], base − changed. Without those
+    base; with tokens `probability` and `logit_change` [layer, position, vocab], changed − base. Without those
     dimensions: `baseline`, the metric as it is, and `baseline_probability` [vocab]. Coordinates of the positions are
     those of the tokens that are not written; what lies behind the prediction has no effect on it.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...stores.errors import SchemaError
 from .moments import ROWS_AT_ONCE, reduce_tokens, token_rows
-from .tokens import counted, label, needs
+from .tokens import counted, label, needs, same_tokens
 
 NORM_BITS = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -216,7 +216,7 @@ def mean_by(
     `activations`: `value[…, token, …, width]`; every other dimension is kept. `by` says to which group a token belongs:
     the name of a coordinate, such as "position", or integers or booleans [token], such as `label(activations,
     "token_id") == 13`. `groups` are the values looked for, which become a coordinate; a number n stands for 0 to n − 1.
-    Tokens of no such group, tokens with NaN, and the first `skip_positions` of a sequence do not count.
+    Tokens of no such group, tokens with NaN or infinity, and the first `skip_positions` of a sequence do not count.
 
     Gives `n_token[…, by]` (int64), `mean[…, by, width]` (float64; NaN for a group without tokens), and `variance[…,
     by]` (float64, NaN for fewer than two): the mean squared distance from the group's mean, n − 1; divided by
@@ -254,7 +254,7 @@ def _means_of_block(rows: NDArray[Any], number: NDArray[Any], *, n_group: int) -
     for place in np.ndindex(*rows.shape[:-2]):
         for first in range(0, len(number), ROWS_AT_ONCE):
             group, some = number[first : first + ROWS_AT_ONCE], rows[place][first : first + ROWS_AT_ONCE]
-            kept = (group >= 0) & ~np.isnan(some).any(-1)
+            kept = (group >= 0) & np.isfinite(some).all(-1)
             group, some = group[kept], some[kept].astype(np.float64)
             part = np.zeros_like(found[place])
             part[:, 0] = np.bincount(group, minlength=n_group)
@@ -297,6 +297,8 @@ def _groups(
             f"`by` must be integers or booleans [token] of the {activations.sizes['token']:,} tokens given, not "
             f"{labels.dtype} [{', '.join(f'{dim}={size}' for dim, size in labels.sizes.items())}]"
         )
+    if not isinstance(by, str):
+        same_tokens(activations, by, "`by`")
     values = np.asarray(range(groups) if isinstance(groups, int) else groups, dtype=np.int64)
     order = np.argsort(values, kind="stable")
     if not len(values) or (np.diff(values[order]) == 0).any():

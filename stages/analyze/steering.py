@@ -165,7 +165,7 @@ def dose_response(
 
     Gives, all float32 along `dose`: `attention`, the mean weight of the edges over themselves and the heads, after
     steering; `kl_divergence` (nats) from the model that is not steered; with tokens also `probability` and
-    `logit_difference` [dose, vocab], base − steered, positive where the logit was lowered. Without a dimension:
+    `logit_change` [dose, vocab], steered − base, negative where the logit was lowered. Without a dimension:
     `baseline_attention`; `baseline_probability` [vocab]. A dose of 1 changes nothing but rounding.
 
     All doses of a batch are one forward. Memory: attention patterns of `batch_size` sequences in one layer, and logits
@@ -199,7 +199,7 @@ def dose_response(
     curve = curve.assign(attention=("dose", weights[1:]), baseline_attention=weights[0])
     curve["attention"].attrs = {"long_name": "attention along the edges", "units": "mean weight"}
     curve["baseline_attention"].attrs = {"long_name": "attention, unsteered", "units": "mean weight"}
-    attrs = {"long_name": "scale of the edges", "units": "ratio"}
+    attrs = {"long_name": "scale of the edges", "units": "1"}
     return curve.assign_coords(dose=("dose", np.asarray(doses, dtype=np.float64), attrs), layer=layer)
 
 
@@ -250,7 +250,7 @@ def direction_dose_response(
         steered.append(logits_at(model, ids.expand(len(some), -1), hooks, place))
     curve = prediction_change(model, base, torch.cat(steered), "dose", asked)
     relative = np.abs(np.asarray(doses)) * float((of_one_PD.norm(dim=-1) / norms_P).mean())
-    attrs = {"long_name": "length of what is added over what stands there", "units": "ratio"}
+    attrs = {"long_name": "length of what is added over what stands there", "units": "1"}
     curve["relative_norm"] = ("dose", relative.astype(np.float32), attrs)
     attrs = {"long_name": "dose", "units": _UNITS[unit]}
     return curve.assign_coords(dose=("dose", np.asarray(doses, dtype=np.float64), attrs), layer=layer)
@@ -323,7 +323,7 @@ def prediction_change(
     model: Model, base: Tensor, changed: Tensor, dim: str, tokens: Sequence[int], top: int = 1
 ) -> xr.Dataset:
     """Compare logits `changed` [dim, vocab] with those of one prediction, `base` [vocab]: `kl_divergence` [dim] and, of
-    some tokens, `probability` and `logit_difference` [dim, vocab] and `baseline_probability` [vocab]."""
+    some tokens, `probability` and `logit_change`, changed − base, [dim, vocab] and `baseline_probability` [vocab]."""
     n = len(changed)
     compared = compare_logits(base.expand(n, 1, -1), changed[:, None], (1,) * n, top=top)
     found = xr.Dataset({"kl_divergence": (dim, compared["kl_divergence"].values[:, 0])})
@@ -332,10 +332,10 @@ def prediction_change(
         return found
     ids = list(tokens)
     probability, before = changed.double().softmax(-1)[:, ids], base.double().softmax(-1)[ids]
-    lowered = (base.double()[ids] - changed.double()[:, ids]).float()
+    moved = (changed.double()[:, ids] - base.double()[ids]).float()
     of_tokens = {
         "probability": ((dim, "vocab"), probability.float(), "of the token, changed", "probability"),
-        "logit_difference": ((dim, "vocab"), lowered, "base − changed", "logit"),
+        "logit_change": ((dim, "vocab"), moved, "changed − base", "logit"),
         "baseline_probability": ("vocab", before.float(), "of the token, unchanged", "probability"),
     }
     for name, (dims, value, long_name, units) in of_tokens.items():
@@ -381,7 +381,7 @@ def _dose_batches(doses: Sequence[float], batch_size: int) -> list[Sequence[floa
 
 def _marked(steered: SteeringSpec, model: Model, layer: int, n_positions: int) -> Tensor:
     """The edges [head, query, key] of a layer. SchemaError where none can carry weight."""
-    marked = steered.mask(model.spec, n_positions)[layer]
+    marked = steered.mask(model.spec, n_positions)[layer].clone()  # a view would keep those of all layers
     if not marked.any():
         raise SchemaError(f"none of the edges carries weight in layer {layer}, in a sequence of {n_positions} tokens")
     return marked.to(model.device)

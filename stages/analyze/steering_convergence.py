@@ -52,9 +52,10 @@ def steering_convergence(
     of their difference over that of the stream without injection; `absorption_layer` [injection_layer] (int32), the
     first layer above the injection whose cosine is at least `threshold`, −1 where there is none, as there is none above
     the last layer; `absorption_depth` (float32), by how many layers that is above, else NaN; `kl_divergence` (nats) of
-    the prediction after the last token, and with tokens `probability` and `logit_difference` [injection_layer, vocab].
-    `direction_norm` [injection_layer] is the length of v_ℓ. Without a dimension: `best_injection_layer`, the highest
-    that is absorbed, and where none is the one with the least divergence; `baseline_probability` [vocab].
+    the prediction after the last token, and with tokens `probability` and `logit_change` (changed − base)
+    [injection_layer, vocab]. `direction_norm` [injection_layer] is the length of v_ℓ. Without a dimension:
+    `best_injection_layer`, the highest that is absorbed, and where none is the one with the least divergence;
+    `baseline_probability` [vocab].
 
     Tokens of one kind have much in common, which a cosine counts as likeness: where that at the injection itself, the
     diagonal of `cosine`, is above the threshold already, there was nothing to be absorbed, and `distance` alone tells
@@ -112,7 +113,10 @@ def _checked(
         raise SchemaError(f"threshold = {threshold}: a cosine is expected, from −1 to 1")
     if not len(strengths) or not np.isfinite(np.asarray(strengths, dtype=np.float64)).all():
         raise SchemaError(f"strengths of {list(strengths)} are asked for: at least one, all of them finite")
-    return one_prompt(model, prompt), one_prompt(model, contrastive), token_ids_of(model, tokens)
+    ids, other = one_prompt(model, prompt), one_prompt(model, contrastive)
+    if torch.equal(ids, other):
+        raise SchemaError("prompt and contrastive prompt are the same tokens: v, their difference, is 0 in every layer")
+    return ids, other, token_ids_of(model, tokens)
 
 
 def _followed(
@@ -159,8 +163,8 @@ def _followed(
     at = _absorption(cosine, injected, threshold)
     depth = np.where(at == NEVER, np.nan, at - injected).astype(np.float32)
     told = {
-        "cosine": ((dim, "layer"), cosine, "with the stream without injection", "cosine"),
-        "distance": ((dim, "layer"), distance, "from the stream without injection", "lengths of it"),
+        "cosine": ((dim, "layer"), cosine, "with the stream without injection", "1"),
+        "distance": ((dim, "layer"), distance, "from the stream without injection, over its length", "1"),
         "absorption_layer": (dim, at, f"first layer above with a cosine ≥ {threshold:g}; −1: none", "layer"),
         "absorption_depth": (dim, depth, "layers from injection to absorption", "layers"),
         "direction_norm": (dim, v_LD.norm(dim=-1).cpu().numpy()[injected], "length of v", "residual stream"),

@@ -89,15 +89,28 @@ def counted(activations: xr.Dataset, skip_positions: int = 1, where: xr.DataArra
     counts = label(activations, "position") >= skip_positions
     if "done" in activations.coords:
         counts = counts & label(activations, "done")
-    return counts if where is None else counts & _mask(where, activations.sizes["token"])
+    return counts if where is None else counts & _mask(where, activations)
 
 
-def _mask(where: xr.DataArray, n_token: int) -> xr.DataArray:
+def same_tokens(activations: xr.Dataset, other: xr.Dataset | xr.DataArray, what: str) -> None:
+    """SchemaError where the labels of `token` say that `other`, which `what` names, belongs to other tokens than the
+    activations; what has no such labels is taken to be of the same tokens. No value is computed.
+    """
+    others = {dim for dim in (*activations.dims, *other.dims) if dim != "token"}
+    try:
+        xr.align(activations, other, join="exact", copy=False, exclude=others)
+    except xr.AlignmentError as error:
+        raise SchemaError(f"{what} belongs to other tokens than the activations: select the same of both") from error
+
+
+def _mask(where: xr.DataArray, activations: xr.Dataset) -> xr.DataArray:
+    n_token = activations.sizes["token"]
     if where.dims != ("token",) or where.sizes["token"] != n_token or where.dtype != bool:
         raise SchemaError(
             f"`where` must be boolean [token] of the {n_token:,} tokens given, not {where.dtype} "
             f"[{', '.join(f'{dim}={size}' for dim, size in where.sizes.items())}]"
         )
+    same_tokens(activations, where, "`where`")
     return xr.DataArray(where.data, dims="token")
 
 

@@ -67,10 +67,16 @@ class SteerAttention(NamedIntervention):
         if self.weight is not None:
             _check_total(float(amount.detach()), targets)
 
-        def apply(pattern: Tensor, point: HookPoint) -> Tensor:
-            chosen = targets.mask(pattern.device)
+        def steer(pattern: Tensor, chosen: Tensor) -> Tensor:
             steered = rule(pattern.float(), chosen, amount.to(pattern.device)).to(pattern.dtype)
             return torch.where(chosen.any(-1, keepdim=True), steered, pattern)
+
+        def apply(pattern: Tensor, point: HookPoint) -> Tensor:
+            chosen = targets.mask(pattern.device)
+            if len(targets.rows) == len(pattern):
+                return steer(pattern, chosen)
+            rows = torch.tensor(targets.rows, device=pattern.device)
+            return pattern.index_copy(0, rows, steer(pattern[rows], chosen[rows]))
 
         return apply
 

@@ -34,6 +34,10 @@ def line(
     dimensions.
     """
     values = plain(values, (1, 2), "a curve")
+    if (low is None) != (high is None):
+        raise SchemaError("a band has two edges: give low= and high=, or neither")
+    if low is not None and high is not None:
+        low, high = _edge(low, values), _edge(high, values)
     along = _along(values, x)
     over = next((str(dim) for dim in values.dims if dim != along), None)
     if over is not None and values.sizes[over] > MOST_CURVES:
@@ -60,6 +64,14 @@ def line(
     if title:
         ax.set_title(title)
     return ax
+
+
+def _edge(band: xr.DataArray, values: xr.DataArray) -> xr.DataArray:
+    """One edge of the band around values, with their dimensions in their order. SchemaError for others."""
+    band = plain(band, (values.ndim,), "a band around this curve")
+    if dict(band.sizes) != dict(values.sizes):
+        raise SchemaError(f"a band around {dict(values.sizes)} must have these dimensions, not {dict(band.sizes)}")
+    return band.transpose(*values.dims)
 
 
 def _along(values: xr.DataArray, x: str | None) -> str:
@@ -103,8 +115,8 @@ def dose_response(curve: xr.Dataset, *, title: str | None = None, ax: np.ndarray
 
 
 def explained_variance(components: xr.Dataset, *, title: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw which share of the variance the first components explain, each and together; of several layers only
-    together, a curve each.
+    """Draw which share of the variance components explain, numbered from 1, each and together from the first that is
+    given; of several layers only together, a curve each. A curve ends at the first NaN.
 
     `components` has `explained_variance_ratio` [component] or [layer, component], as `pca` gives it. Computes what is
     lazy. Gives the axes.
@@ -112,12 +124,14 @@ def explained_variance(components: xr.Dataset, *, title: str | None = None, ax: 
     if "explained_variance_ratio" not in components:
         raise SchemaError(f"explained_variance_ratio is drawn, and there is {sorted(map(str, components.data_vars))}")
     ratio = plain(components["explained_variance_ratio"], (1, 2), "explained variance")
-    together = ratio.cumsum("component").assign_attrs(long_name="explained variance, cumulated", units="share")
-    number = np.arange(1, ratio.sizes["component"] + 1)
+    number = ratio["component"].values + 1  # 0, 1, 2, … where there is no coordinate
+    from_ = f" from component {number[0]}" if number[0] > 1 else ""
+    name = f"explained variance, cumulated{from_}"
+    together = ratio.cumsum("component", skipna=False).assign_attrs(long_name=name, units="fraction")
     ax = line(together.assign_coords(component=number), x="component", title=title, ax=ax)
     if ratio.ndim == 1:
         ax.bar(number, ratio.values, alpha=0.4)
-        ax.set_ylabel("share of the variance: bars each, curve together")
+        ax.set_ylabel("fraction of the variance: bars each, curve together")
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("component")
     return ax

@@ -36,14 +36,14 @@ def inches(cells: int, least: float = 3.0, most: float = 16.0) -> float:
 
 
 def described(values: xr.DataArray) -> str:
-    """The label of a variable: its `long_name` or name, and its units in brackets, where they are said."""
+    """The label of a variable: its `long_name` or name, and its units in brackets, where it has some."""
     name = str(values.attrs.get("long_name") or values.name or "")
     units = values.attrs.get("units")
-    return drawable(f"{name} ({units})" if units and f"({units})" not in name else name)
+    return drawable(f"{name} ({units})" if units not in (None, "", "1") and f"({units})" not in name else name)
 
 
 def tick_labels(values: xr.DataArray | xr.Dataset, dim: str) -> list[str]:
-    """A label for each place along a dimension: the text of its token behind its number where there is one
+    """A label for each place along a dimension: the text of its token, without its number, where there is one
     (`token_text`, or `key_token_text` along `key`), else the coordinate's value, else the number.
     """
     for name in (f"{dim}_token_text", f"{dim}_text", "token_text", "text"):
@@ -92,12 +92,12 @@ def set_ticks(ax: Axes, axis: str, labels: Sequence[str]) -> None:
 
 
 def plain(values: xr.DataArray, n_dims: Sequence[int], what: str) -> xr.DataArray:
-    """Values in memory, without dimensions of length one beyond those that can be drawn. SchemaError where more are
-    left, naming them.
+    """Values in memory, without the last dimensions of length one beyond those that can be drawn. SchemaError where
+    more are left, naming them.
     """
     ones = [dim for dim, size in values.sizes.items() if size == 1]
     while values.ndim > max(n_dims) and ones:
-        values = values.isel({ones.pop(0): 0})
+        values = values.isel({ones.pop(): 0})
     if values.ndim not in n_dims:
         sizes = ", ".join(f"{dim}={size}" for dim, size in values.sizes.items())
         raise SchemaError(

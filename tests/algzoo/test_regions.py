@@ -218,6 +218,11 @@ def test_more_regions_than_allowed_are_refused() -> None:
         enumerate_regions(network, most=5)
 
 
+def test_where_no_region_is_thick_enough_that_is_said() -> None:
+    with pytest.raises(SchemaError, match="thinnest = 2: lower it"):
+        enumerate_regions(rnn_of(SECOND_ARGMAX_OF_TWO), thinnest=2.0)
+
+
 # ── facets ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

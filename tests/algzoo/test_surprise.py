@@ -52,7 +52,7 @@ def test_bits_of_classes_are_those_of_the_predictive_distribution(confidence: fl
     assert found["residual_bits"].item() == pytest.approx(bits.sum(), rel=1e-12)
     assert found["total_bits"].item() == pytest.approx(18 + bits.sum(), rel=1e-12)
     assert found["baseline_bits"].item() == 250 * 2
-    assert found["parameter_bits"].item() == 64 * (5 + 25 + 20)
+    assert found["parameter_bits"].item() == 16 * (5 + 25 + 20)
     assert found["n_params"].item() == 50
     assert found["model_accuracy"].item() == evaluate(network, x)["score"].item() == np.mean(answer == right)
     assert found["agreement"].item() + found["disagreement"].item() == 1
@@ -120,7 +120,7 @@ def test_the_regions_of_a_network_made_by_hand_explain_it_wholly() -> None:
     # four regions with two facets each: 4 · (2 · 2 + 1 + 2 · 2) numbers, the number of regions and the confidence
     assert found["explanation_bits"] == 16 * (4 * 9 + 2)
     assert found["residual_bits"].item() == pytest.approx(-400 * math.log2(0.99), rel=1e-12)
-    assert found["parameter_bits"] == 640
+    assert found["parameter_bits"] == 160
     assert found.attrs["estimator"] == "the linear maps of 4 regions with 8 facets"
 
 

@@ -152,9 +152,9 @@ def test_the_manifold_is_numpys_and_scikit_learns(run: xr.DataTree, chunks: dict
         assert np.isnan(one["projection"][~there]).all()
         unit = rows / np.linalg.norm(rows, axis=1)[:, None]
         np.testing.assert_allclose(one["cosine"], unit @ unit.T, atol=1e-9)
-        noise = sum(
-            float(spread) / int(n) for spread, n in zip(one["variance"], one["n_token"], strict=True) if int(n) > 1
-        )
+        n, spread = one["n_token"].values[there], one["variance"].values[there]
+        spread = np.where(n > 1, spread, np.nansum(spread * (n - 1)) / (n - 1).sum())
+        noise = (spread / n).sum() * (1 - 1 / there.sum())
         np.testing.assert_allclose(one["sampling_fraction"], noise / np.nansum(rows**2), rtol=1e-9)
     assert int(found["n_token"].sel(layer=0).sum()) == ((counts > 0) & (node["position"] > 0)).sum()
 
@@ -179,6 +179,32 @@ def test_a_curve_of_counts_in_the_activations_comes_out_as_it_went_in() -> None:
     apart = found["cosine"].sel(character_count=3)
     assert int(apart.values.argmin()) + 1 in range(13, 18)  # half a turn away
     np.testing.assert_allclose(apart.sel(character_count_2=9), 0, atol=0.2)  # a quarter
+
+
+@pytest.mark.parametrize("chunks", [None, {"token": 7}])
+def test_noise_alone_has_a_sampling_fraction_of_about_1_however_few_tokens_a_count_has(chunks: Any) -> None:
+    counts = np.concatenate([np.arange(1, 151), np.arange(76, 151), np.arange(126, 151)])  # one, two or three of each
+    value = np.random.default_rng(2).normal(size=(len(counts), 60))
+    coords = {"position": ("token", np.arange(len(counts)) + 1)}
+    node = xr.Dataset({"value": (("token", "d_model"), value)}, coords=coords)
+    node = node if chunks is None else node.chunk(chunks)
+    found = character_count_manifold(node, xr.DataArray(counts, dims="token"), max_count=150, n_components=2)
+    assert float(found["sampling_fraction"]) == pytest.approx(1, abs=0.05)
+    # Of two counts k / (k − 1) is 2.
+    few = [
+        character_count_manifold(
+            node, xr.DataArray(np.random.default_rng(seed).permutation(250) % 2 + 1, dims="token"),
+            max_count=2, n_components=1,
+        )["sampling_fraction"].compute().item()
+        for seed in range(30)
+    ]  # fmt: skip
+    assert np.mean(1 / np.array(few)) == pytest.approx(1, abs=0.1)
+    single = character_count_manifold(
+        node.isel(token=slice(150)), xr.DataArray(counts[:150], dims="token"), max_count=150, n_components=2
+    )
+    assert np.isnan(single["sampling_fraction"])
+    one = character_count_manifold(node, xr.ones_like(node["position"]), max_count=3, n_components=1)
+    assert np.isnan(one["sampling_fraction"])
 
 
 def test_nothing_is_computed_or_read_before_it_is_asked_for(run: xr.DataTree, monkeypatch: pytest.MonkeyPatch) -> None:

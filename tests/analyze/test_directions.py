@@ -100,6 +100,26 @@ def test_sides_may_leave_tokens_out_and_tokens_with_nan_are_on_neither_side_of_t
     assert found["n_negative"].values.tolist() == [8, 8, 8]
 
 
+def test_infinities_in_tokens_that_are_not_meant_change_nothing() -> None:
+    held, sides = node(), positive()
+    held["value"][:, 9, 2] = np.inf  # the first position of a sequence
+    held["value"][1, 20, 3] = -np.inf
+    others = ~sides
+    others[[20]] = sides[20] = False
+    found = mean_difference(held, mask(sides), mask(others))
+    expected = mean_difference(node(), mask(sides), mask(others))
+    xr.testing.assert_allclose(found, expected)
+    assert np.isfinite(expected["direction"]).all()
+    apart = separation(held, found["direction"], mask(sides), mask(others))
+    xr.testing.assert_allclose(apart, separation(node(), expected["direction"], mask(sides), mask(others)))
+
+
+def test_a_direction_of_other_layers_is_refused() -> None:
+    direction = mean_difference(node(), mask(positive()))["direction"]
+    with pytest.raises(SchemaError, match="differ in layer"):
+        separation(node(), direction.assign_coords(layer=[3, 4, 7]), mask(positive()))
+
+
 def test_a_side_without_tokens_gives_no_direction() -> None:
     found = mean_difference(node(), mask(np.zeros(N_TOKENS, bool)))
     assert found["direction"].isnull().all()

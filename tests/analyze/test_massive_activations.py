@@ -54,6 +54,17 @@ def expected(rows: NDArray[Any], k: int, kept: NDArray[np.bool_], distinct: bool
     return entries[:k]
 
 
+def test_over_a_median_of_zero_a_value_is_infinitely_many_times_as_large() -> None:
+    value = np.zeros((1, 9, 5), np.float32)
+    value[0, 3, 2], value[0, 4, 1] = -1200, 3
+    found = massive_activations(make_node(value), 3)
+    assert found["median_magnitude"].values.tolist() == [0]
+    np.testing.assert_array_equal(found["ratio"][0], [np.inf, np.inf, np.nan])
+    assert found["massive"].values.tolist() == [[True, False, False]]
+    nothing = massive_activations(make_node(np.full((1, 9, 5), np.nan)), 1)
+    assert np.isnan(nothing["ratio"]).all()
+
+
 def rows_of(found: xr.Dataset) -> list[tuple[float, ...]]:
     listed = [tuple(found[name].values.tolist()) for name in ("value", *PLACE)]
     return [entry for entry in zip(*listed, strict=True) if entry[1] >= 0]

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from forebay.stages.analyze import moments as module
+from forebay.stages.analyze.directions import mean_difference, separation
 from forebay.stages.analyze.moments import merged_moments, moments, packed_moments, total_moments
+from forebay.stages.analyze.pca import pca
+from forebay.stages.analyze.similarity import linear_cka
+from forebay.stages.analyze.statistics import mean_by
 from forebay.stores.errors import SchemaError
 
 
@@ -38,6 +42,43 @@ def check(found: xr.Dataset, rows: NDArray[Any], ddof: int = 1, **where: int) ->
     np.testing.assert_allclose(one["mean"], rows.mean(0), rtol=1e-12)
     expected = np.cov(rows.T, ddof=ddof)
     np.testing.assert_allclose(one["covariance"], expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
+
+
+# ── which tokens count ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("chunks", [None, {"token": 7, "layer": -1}])
+def test_a_token_that_is_not_finite_is_left_out_alike_by_every_analysis(bad: float, chunks: Any) -> None:
+    """In every analysis the result is that of the other tokens alone, without a warning."""
+    value = np.random.default_rng(8).normal(size=(2, 31, 3))
+    value[:, 12, 1] = bad
+    positive = np.arange(31) % 3 == 0
+    kept = np.arange(31) != 12
+
+    def found(value: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        node = make_node(value).assign_coords(position=("token", np.ones(value.shape[1], dtype=int)))
+        node = node if chunks is None else node.chunk(chunks)
+        side = xr.DataArray(positive, dims="token")
+        group = xr.DataArray(positive.astype(int), dims="token")
+        both = moments(node), mean_by(node, group, 2), pca(node, 2), pca(node, 2, method="randomized")
+        every = {f"{i} {name}": one[name].values for i, one in enumerate(both) for name in ("mean", "n_token")}
+        along = mean_difference(node, side)["direction"].compute()
+        apart = separation(node, along, side)
+        return every | {
+            "covariance": both[0]["covariance"].values,
+            "components": both[2]["components"].values,
+            "cka": linear_cka(node).values,
+            "minibatch cka": linear_cka(node, method="minibatch", batch=4).values if chunks is None else np.zeros(1),
+            "direction": along.values,
+            "cohens_d": apart["cohens_d"].values,
+            "n_positive": apart["n_positive"].values,
+        }
+
+    expected = found(value[:, kept], positive[kept])
+    for name, one in found(value, positive).items():
+        assert np.isfinite(expected[name]).all(), name
+        np.testing.assert_allclose(one, expected[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 # ── the numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -141,16 +141,19 @@ def test_too_few_tokens_give_nan_and_too_low_a_rank_components_that_explain_noth
     np.testing.assert_allclose(found["explained_variance_ratio"][1].sum(), 1)
 
 
-def test_no_tokens_have_no_mean_and_infinities_no_components() -> None:
+@pytest.mark.parametrize("method", ["covariance", "randomized"])
+def test_no_tokens_have_no_mean_and_a_token_with_infinity_does_not_count(method: Any) -> None:
     value = np.random.default_rng(3).normal(size=(2, 9, 6))
     value[0] = np.nan
     value[1, 4, 2] = np.inf
-    for method in ("covariance", "randomized"):
-        with np.errstate(invalid="ignore"):
-            found = pca(make_node(value), 2, method=method)
-        assert np.isnan(found["mean"][0]).all()
-        assert np.isnan(found["components"]).all()
-        assert np.isnan(found["explained_variance"]).all()
+    found = pca(make_node(value), 2, method=method, skip_positions=0)
+    for name in ("mean", "components", "explained_variance"):
+        assert np.isnan(found[name][0]).all()
+    assert found["n_token"].values.tolist() == [0, 8]
+    finite = np.delete(value[1:], 4, axis=1)
+    expected = pca(make_node(finite), 2, method=method, skip_positions=0)
+    for name in ("mean", "explained_variance", "components"):
+        np.testing.assert_allclose(found[name][1], expected[name][0], atol=1e-9)
 
 
 # ── randomised ───────────────────────────────────────────────────────────────────────────────────────────────────────

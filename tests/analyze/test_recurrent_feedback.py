@@ -107,6 +107,8 @@ def test_each_couplet_is_ok_rescued_lost_or_neither_and_they_are_counted(model: 
     assert found["baseline_repeats"].values.tolist() == [a == b for a, b in zip(before, ends, strict=True)]
     counted = {name: found[name].item() for name in ("n_rhymes", "n_rescued", "n_lost", "n_baseline_rhymes")}
     assert counted == {"n_rhymes": 2, "n_rescued": 1, "n_lost": 1, "n_baseline_rhymes": 2}
+    assert found["n_repeats"] == sum(a == b for a, b in zip(after, ends, strict=True))
+    assert found["n_baseline_repeats"] == sum(a == b for a, b in zip(before, ends, strict=True))
 
 
 def test_the_last_word_of_a_line_is_lower_case_and_without_punctuation_behind_it() -> None:
@@ -147,8 +149,8 @@ def test_a_model_of_sixteen_layers_has_the_published_conditions() -> None:
         ({"couplets": []}, SchemaError, "nothing to write"),
         ({"couplets": [Couplet("a", "wive")]}, SchemaError, "no family of 'wive'. Did you mean 'wife'"),
         ({"batch_size": 0}, SchemaError, "batch_size = 0"),
-        ({"max_new_tokens": 0}, SchemaError, "0 new tokens"),
-        ({"max_new_tokens": 64}, SchemaError, "in a context of 64"),
+        ({"max_new_tokens": 0}, SchemaError, "max_new_tokens = 0: at least 1"),
+        ({"max_new_tokens": 64}, SchemaError, "64 new tokens .* do not fit into a context of 64"),
     ],
     ids=str,
 )

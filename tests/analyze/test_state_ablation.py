@@ -68,7 +68,7 @@ def test_every_cell_of_a_sweep_is_what_the_equations_give_without_that_write(
             effect = float((changed[3] - changed[50]) - (base[3] - base[50]))
             assert cell["effect"].item() == pytest.approx(effect, rel=2e-3, abs=3e-5)
             np.testing.assert_allclose(cell["probability"], changed.softmax(-1)[[9, 60]], rtol=1e-3)
-            np.testing.assert_allclose(cell["logit_difference"], (base - changed)[[9, 60]], atol=3e-5)
+            np.testing.assert_allclose(cell["logit_change"], (changed - base)[[9, 60]], atol=3e-5)
     assert found["effect"].dims == ("layer", "position")
     assert (abs(found["effect"][:, :-1]) > 1e-4).any()
 

@@ -18,12 +18,14 @@ import forebay
 from forebay.stages.analyze.steering import (
     DOSE_LEVELS,
     SteeringCalibration,
+    _marked,
     calibrate_steering,
     direction_dose_response,
     dose_response,
     edge_attention,
     scale_for_target,
 )
+from forebay.stages.models.edges import SteeringSpec
 from forebay.stages.models.errors import HookError
 from forebay.stages.models.model import Model
 from forebay.stores.errors import SchemaError
@@ -64,6 +66,12 @@ def divergence(p: Tensor, q: Tensor) -> float:
     return float((p * (p / q).log()).sum())
 
 
+def test_the_edges_of_a_layer_do_not_keep_those_of_the_others(model: Model) -> None:
+    marked = _marked(SteeringSpec(edges=[(-1, 0)]), model, LAYER, 11)
+    assert marked.shape == (4, 11, 11)
+    assert marked.untyped_storage().nbytes() == marked.numel()
+
+
 @pytest.mark.parametrize("heads", [None, [0, 3]], ids=["every head", "two heads"])
 @torch.no_grad()
 def test_a_curve_of_attention_is_what_transformers_gives_with_its_pattern_rescaled(
@@ -85,7 +93,7 @@ def test_a_curve_of_attention_is_what_transformers_gives_with_its_pattern_rescal
         assert found["attention"].item() == pytest.approx(np.mean(weights), rel=1e-4, abs=1e-7)
         assert found["kl_divergence"].item() == pytest.approx(divergence(base, logits), rel=2e-3, abs=1e-9)
         np.testing.assert_allclose(found["probability"], logits.softmax(-1)[[5, 204]], rtol=1e-4)
-        np.testing.assert_allclose(found["logit_difference"], (base - logits)[[5, 204]], atol=3e-5)
+        np.testing.assert_allclose(found["logit_change"], (logits - base)[[5, 204]], atol=3e-5)
     assert curve["attention"].sel(dose=0.0) == 0
     assert curve["attention"].sel(dose=1.0).item() == pytest.approx(curve["baseline_attention"].item(), rel=1e-6)
     np.testing.assert_allclose(curve["baseline_probability"], base.softmax(-1)[[5, 204]], rtol=1e-4)
@@ -132,7 +140,7 @@ def test_a_curve_of_a_direction_is_what_transformers_gives_with_the_vector_added
         found = curve.sel(dose=dose)
         assert found["kl_divergence"].item() == pytest.approx(divergence(base, logits), rel=2e-3, abs=1e-8)
         np.testing.assert_allclose(found["probability"], logits.softmax(-1)[[1, 2, 3]], rtol=2e-4)
-        np.testing.assert_allclose(found["logit_difference"], (base - logits)[[1, 2, 3]], atol=1e-4)
+        np.testing.assert_allclose(found["logit_change"], (logits - base)[[1, 2, 3]], atol=1e-4)
         expected = abs(dose) * (1.0 if unit == "residual_norm" else float((direction.norm() / norms).mean()))
         assert found["relative_norm"].item() == pytest.approx(expected, rel=1e-4)
 

@@ -147,6 +147,7 @@ def test_absorption_is_looked_for_above_the_injection_alone() -> None:
         ({"tokens": 101}, SchemaError, "there is no token 101"),
         ({"batch_size": 0}, SchemaError, "batch_size = 0"),
         ({"contrastive": [[1], [2]]}, SchemaError, "one prompt is expected"),
+        ({"contrastive": IDS}, SchemaError, "the same tokens"),
     ],
     ids=str,
 )

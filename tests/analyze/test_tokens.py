@@ -13,7 +13,9 @@ import torch
 import xarray as xr
 
 import forebay
+from forebay.stages.analyze.directions import mean_difference
 from forebay.stages.analyze.moments import moments
+from forebay.stages.analyze.similarity import linear_cka
 from forebay.stages.analyze.statistics import mean_by
 from forebay.stages.analyze.tokens import as_run, counted, label, needs, vectors
 from forebay.stores.errors import SchemaError
@@ -183,6 +185,28 @@ def test_missing_coordinates_are_named(run: xr.DataTree) -> None:
         counted(bare)
     with pytest.raises(SchemaError, match=r"\['document'\]"):
         needs(bare, ["document", "token_id"], "an analysis")
+
+
+def test_masks_labels_and_stores_of_other_tokens_are_refused_lazily(run: xr.DataTree) -> None:
+    whole = node(run).chunk({"token": 7})
+    there, other = whole.isel(token=slice(0, 20)), whole.isel(token=slice(20, 40))
+    mask = other["token_id"] > 5
+    refused = {
+        "`where`": lambda: moments(there, where=mask),
+        "`by`": lambda: mean_by(there, other["token_id"] % 3, 3),
+        "`positive`": lambda: mean_difference(there, mask),
+        "`negative`": lambda: mean_difference(there, there["token_id"] > 5, mask),
+        "`other`": lambda: linear_cka(there, other),
+    }
+    with dask.config.set(scheduler=forbidden):
+        for name, call in refused.items():
+            with pytest.raises(SchemaError, match=f"{name} belongs to other tokens than the activations"):
+                call()
+        own = there["token_id"] > 5
+        bare = xr.DataArray(own.data, dims="token")
+        for given in (own, bare):
+            moments(there, where=given), mean_by(there, given, [0, 1]), mean_difference(there, given)
+        linear_cka(there, there.isel(layer=[1]))
 
 
 def test_a_skip_below_0_and_masks_of_other_tokens_are_refused(run: xr.DataTree) -> None:

@@ -40,7 +40,7 @@ def test_what_is_written_is_what_the_call_gives(tiny_model: Path, tmp_path: Path
             of_tokens = xr.DataArray(np.array(label), dims="token")
             expected = probe(node.sel(layer=[0, 2]), of_tokens, kind="lda", validation=0.3, seed=3)
             found = written.sel(label=name)
-            for variable in ("auc", "accuracy_cluster_low", "selectivity_high", "n_example", "weight"):
+            for variable in ("auc", "accuracy_low", "selectivity_high", "n_example", "weight"):
                 xr.testing.assert_allclose(
                     found[variable].drop_vars("label").load(), expected[variable], rtol=1e-5, atol=1e-7
                 )

@@ -26,7 +26,17 @@ def test_lines_and_counts_are_those_of_the_library_and_are_drawn(tiny_model: Pat
     ]
     expected = feedback_sweep(forebay.load_model(str(tiny_model)), conditions, max_new_tokens=3)
     written = xr.open_zarr(tmp_path / "out/recurrent_feedback.zarr", consolidated=False).load()
-    for name in ("line", "baseline_line", "rhymes", "n_rhymes", "n_baseline_rhymes", "sustained", "depth"):
+    for name in (
+        "line",
+        "baseline_line",
+        "rhymes",
+        "n_rhymes",
+        "n_repeats",
+        "n_baseline_rhymes",
+        "n_baseline_repeats",
+        "sustained",
+        "depth",
+    ):
         assert written[name].values.tolist() == expected[name].values.tolist()
     xr.testing.assert_equal(written["strength"], expected["strength"])
     assert "Second lines" in result.output

@@ -211,7 +211,7 @@ def test_killed_at_random_moments_and_run_again_it_holds_the_same_bytes(
     assert n_unit == sum(len(Store.open(whole / step).schema.grid) for step in ("tokens", "activations"))
     assert data(whole) == data(finished)
     folder, kills, hits = tmp_path / "killed", 0, 0
-    while kills < 6:
+    while kills < 4:
         process = fork_run(recipe, folder)
         until = time.monotonic() + length
         before = recorded(folder)
@@ -227,7 +227,7 @@ def test_killed_at_random_moments_and_run_again_it_holds_the_same_bytes(
         kills += 1
         hits += 0 < recorded(folder) < n_unit
         assert_what_is_recorded_is_whole(folder)
-    assert hits >= 2
+    assert hits >= 1
     process = fork_run(recipe, folder)
     process.join()
     assert process.exitcode == 0

@@ -132,6 +132,26 @@ def test_an_attention_pattern_has_a_panel_a_head_on_one_scale() -> None:
         plot.attention_pattern(grid(head=65, query=1, key=2))
 
 
+def test_a_difference_of_patterns_is_white_at_0_in_every_panel() -> None:
+    weights = grid(head=3, query=4, key=4) / 10
+    weights[1] = abs(weights[1])
+    weights[2, 3, 0] = -1.5
+    for ax in plot.attention_pattern(weights).flat[:3]:
+        assert ax.images[0].get_clim() == (-1.5, 1.5)
+        assert ax.images[0].get_cmap().name == "RdBu_r"
+    assert plot.attention_pattern(weights[1]).images[0].get_clim() == (0, 1)
+
+
+def test_a_band_is_put_in_the_order_of_its_curve_and_never_half() -> None:
+    values = grid(layer=4, split=2)
+    ax = plot.line(values, low=(values - 1).T.expand_dims("label"), high=(values + 1).T)
+    np.testing.assert_allclose(ax.collections[1].get_paths()[0].vertices[:, 1].max(), values[:, 1].max() + 1)
+    with pytest.raises(SchemaError, match="low= and high=, or neither"):
+        plot.line(values, low=values)
+    with pytest.raises(SchemaError, match="these dimensions"):
+        plot.line(values, low=values[:3], high=values[:3])
+
+
 def test_a_curve_stands_at_the_numbers_of_its_coordinate_with_its_band() -> None:
     values = grid(layer=4, split=2).assign_coords(layer=[0, 7, 8, 20], split=["train", "validation"])
     ax = plot.line(values, low=values - 0.25, high=values + 0.5, chance=0.5)
@@ -163,6 +183,17 @@ def test_explained_variance_is_cumulated() -> None:
     assert [bar.get_height() for bar in ax.patches] == [0.5, 0.25, 0.125]
 
 
+def test_components_are_numbered_as_they_are_and_nothing_is_explained_by_nan() -> None:
+    given = {"explained_variance_ratio": ("component", [0.25, 0.125, np.nan])}
+    ax = plot.explained_variance(xr.Dataset(given, coords={"component": [2, 3, 4]}))
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [3, 4, 5])
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0.25, 0.375, np.nan])
+    several = xr.Dataset({"explained_variance_ratio": (("layer", "component"), [[0.25, 0.125]] * 2)})
+    assert plot.explained_variance(several.assign_coords(component=[2, 3])).get_ylabel() == (
+        "explained variance, cumulated from component 3 (fraction)"
+    )
+
+
 def test_bars_begin_at_the_top_and_have_the_colour_of_their_sign() -> None:
     values = xr.DataArray([2.0, -1.0], dims="component", coords={"component": ["embed", "L3H1"]})
     ax = plot.bars(values)
@@ -178,6 +209,7 @@ def test_what_has_too_many_dimensions_is_refused_and_ones_are_passed_over() -> N
     with pytest.raises(SchemaError, match=r"2 dimensions, and \[layer=2, head=3, position=4\] was given"):
         plot.heat_map(grid(layer=2, head=3, position=4))
     assert plot.heat_map(grid(pair=1, layer=2, head=3)).get_xlabel() == "head"
+    assert plot.heat_map(grid(layer=1, head=3, pair=1)).get_ylabel() == "layer"
 
 
 def test_what_is_lazy_is_computed_once_and_only_when_drawn() -> None:
