@@ -353,8 +353,8 @@ def _rows(node: xr.Dataset, drawn: NDArray[np.int64]) -> Tensor:
     rows = node["value"].isel(token=tokens).values.astype(np.float32)
     if not np.isfinite(rows).all():
         raise SchemaError(
-            "there is NaN or infinity among the activations of the tokens drawn: units that are not recorded, or values "
-            "that overflowed"
+            "there is NaN or infinity among the activations of the tokens drawn: units that are not recorded, or "
+            "values that overflowed"
         )
     where = np.zeros(drawn.shape, np.int64)
     where[drawn >= 0] = place
