@@ -240,12 +240,22 @@ class _Lens:
         own = logits.gather(-1, following.clamp(min=0)[:, None])
         nothing = own.isnan()  # a token of a unit that is not recorded
         absent = (following < 0) | nothing[:, 0]
-        rank = (logits > own).sum(-1).float().masked_fill(absent, torch.nan)
+        rank = _stronger(logits, own).masked_fill(absent, torch.nan)
         log_probability = (own - normalizer)[:, 0].masked_fill(absent, torch.nan)
         ids = strongest.indices.int().masked_fill(nothing, -1)
         found = [ids, (strongest.values - normalizer).exp(), rank, log_probability]
         if self.tokens is not None:
             chosen = logits[:, list(self.tokens)]
-            stronger = [(logits > one[:, None]).sum(-1) for one in chosen.unbind(-1)]
-            found += [torch.stack(stronger, -1).float().masked_fill(nothing, torch.nan), (chosen - normalizer).exp()]
+            stronger = [_stronger(logits, one[:, None]) for one in chosen.unbind(-1)]
+            found += [torch.stack(stronger, -1).masked_fill(nothing, torch.nan), (chosen - normalizer).exp()]
         return [part.cpu() for part in found]
+
+
+def _stronger(logits: Tensor, than: Tensor) -> Tensor:
+    """How many of the logits [token, vocab] are larger than one [token, 1] of each row, float32 [token]."""
+    import torch
+
+    larger = logits > than
+    if larger.device.type != "cpu":
+        return larger.sum(-1).float()
+    return torch.from_numpy(np.count_nonzero(larger.numpy(), axis=-1)).float()  # a fifth of the time of torch's sum
