@@ -225,8 +225,14 @@ class _Lens:
         wanted = torch.from_numpy(np.array(np.broadcast_to(following, lead))).reshape(-1)
         step = max(1, AT_ONCE // self.unembedding.weight.shape[0])
         with torch.inference_mode():
-            parts = [self._rows(*some) for some in zip(rows.split(step), wanted.split(step), strict=True)]
-            columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+            columns: list[Tensor] = []
+            for first in range(0, max(len(rows), 1), step):
+                found = self._rows(rows[first : first + step], wanted[first : first + step])
+                if not columns:
+                    columns = [part.new_empty((len(rows), *part.shape[1:])) for part in found]
+                # Small results that were kept would each pin the memory of the logits that they were found in.
+                for column, part in zip(columns, found, strict=True):
+                    column[first : first + step] = part
         return tuple(column.reshape(*lead, *column.shape[1:]).numpy() for column in columns)
 
     def _rows(self, resid: Tensor, following: Tensor) -> list[Tensor]:
