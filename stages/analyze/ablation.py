@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -25,9 +24,9 @@ from ..models.interventions import Replace
 from ..models.model import Model
 from ..models.points import BLOCK, HookPoint, dims_of
 from .metrics import Metric
-from .moments import ROWS_AT_ONCE, Packed, reduce_tokens, token_rows
 from .patching import Pairs, Sites, Variant, check_metric, pair_coords, run_variants, sites_of
 from .prompts import Prompts, many_prompts
+from .statistics import mean_by
 from .tokens import counted, label, needs, vectors
 
 Ablation: TypeAlias = Literal["zero", "mean", "resample"]
@@ -104,8 +103,7 @@ def ablation_effect(
     values, drawn = {name: torch.zeros(()) for name in sites.kinds}, None
     if kind == "mean":
         needed = np.asarray(task.ablated().any(0)) if per_position else None
-        counts = {name: counted(node, skip_positions, where) for name, node in nodes.items()}
-        values = {name: _mean(node, counts[name], name, needed) for name, node in nodes.items()}
+        values = {name: _mean(node, where, skip_positions, name, needed) for name, node in nodes.items()}
     elif kind == "resample":
         drawn = _drawn(nodes, where, task, draws, seed)
         values = {name: _rows(node, drawn) for name, node in nodes.items()}
@@ -274,42 +272,22 @@ def _check_model(node: xr.Dataset, kind: str, model: Model) -> None:
         )
 
 
-def _mean(node: xr.Dataset, counts: xr.DataArray, kind: str, needed: NDArray[np.bool_] | None) -> Tensor:
+def _mean(
+    node: xr.Dataset, where: xr.DataArray | None, skip_positions: int, kind: str, needed: NDArray[np.bool_] | None
+) -> Tensor:
     """Means over the tokens that count, float32 [layer, 1, 1, position or 1, …]; with `needed` [position] one for each
-    position, 0 at those that are not needed and have none.
-
-    `moments` would make a covariance as well, which takes as many numbers as the square of the width.
+    position, NaN at those that are not needed and have none.
     """
-    rows = token_rows(node, "ablation")
-    groups, width = 1 if needed is None else len(needed), rows.sizes[rows.dims[-1]]
-    group = xr.zeros_like(counts, dtype=np.int64) if needed is None else label(node, "position")
-    sums = reduce_tokens(partial(_sums, groups=groups), np.add, rows, (counts, group), shape=(groups, 1 + width))
-    total = np.asarray(sums)
-    n = total[..., :1]
-    if (empty := np.flatnonzero((n == 0).reshape(-1, groups).any(0) & (True if needed is None else needed))).size:
+    same = xr.zeros_like(label(node, "position")).rename("group")
+    by, groups = (same, 1) if needed is None else ("position", len(needed))
+    found = mean_by(node, by, groups, where=where, skip_positions=skip_positions)[["n_token", "mean"]].compute()
+    name = "group" if needed is None else "position"
+    lacking = (found["n_token"] == 0).any([dim for dim in found["n_token"].dims if dim != name]).values
+    if (empty := np.flatnonzero(lacking & (True if needed is None else needed))).size:
         at = "" if needed is None else f" at position {empty[0]}"
         raise SchemaError(f"no token of the store counts{at}: there is no mean of {kind} to put in")
-    mean = np.divide(total[..., 1:], n, out=np.zeros_like(total[..., 1:]), where=n > 0)
-    mean = np.moveaxis(mean, -2, 1)  # [layer, position, head, …], as a prompt's values are laid out
-    return torch.from_numpy(mean.astype(np.float32))[:, None, None]
-
-
-def _sums(rows: NDArray[Any], counts: NDArray[np.bool_], group: NDArray[np.int64], groups: int) -> Packed:
-    """How many rows [..., token, width] there are in each group, and their sum: [..., group, 1 + width]."""
-    lead, (n_token, width) = rows.shape[:-2], rows.shape[-2:]
-    found = np.zeros((*lead, groups, 1 + width))
-    for place in np.ndindex(*lead):
-        for first in range(0, n_token, ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
-            here = np.asarray(rows[place][some], dtype=np.float64)
-            kept = counts[some] & (group[some] < groups) & np.isfinite(here).all(-1)
-            to = group[some][kept]
-            found[place][:, 0] += np.bincount(to, minlength=groups)
-            if groups == 1:
-                found[place][0, 1:] += here[kept].sum(0)
-            else:
-                np.add.at(found[place][:, 1:], to, here[kept])
-    return found
+    laid = found["mean"].transpose("layer", name, ...)  # [layer, position, head, …], as a prompt's values are
+    return torch.from_numpy(laid.values.astype(np.float32))[:, None, None]
 
 
 def _drawn(

@@ -22,11 +22,13 @@ from ..models.model import Model
 from ..models.points import HookPoint
 from ..models.taps import HookSpec
 from .prompts import Prompts, many_prompts
+from .statistics import mean_by
 from .tokens import counted, same_tokens, vectors
 
 Method: TypeAlias = Literal["mean_difference", "first_component"]
 Of: TypeAlias = Literal["embedding", "unembedding"]
 _Array: TypeAlias = NDArray[np.float64]
+_SIDES = ("positive", "negative")
 
 # ── from a store ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -49,20 +51,21 @@ def mean_difference(
     `mean_positive` and `mean_negative` [..., width]; `n_positive` and `n_negative` [...] (int64). NaN where a side has
     no tokens. How well it tells the sides apart: `separation`. Memory: a chunk a thread in float64, twice.
 
-    SchemaError for what is no such node or mask, and for masks that overlap, where they are in memory.
+    SchemaError for what is no such node or mask, and for masks that overlap, where they are in memory; where
+    they are lazy, a token of both counts for neither.
     """
-    sides = _sides(activations, positive, negative, skip_positions)
-    value = vectors(activations, "a difference of means")
-    n, mean = _means(value, sides)
-    width = str(value.dims[-1])
-    direction = mean.sel(side="positive", drop=True) - mean.sel(side="negative", drop=True)
+    one, other = _masks(activations, positive, negative)
+    side = (other * 2 + one - 1).rename("side")  # 2 for both and −1 for none: no group
+    means = mean_by(activations, side, 2, skip_positions=skip_positions)
+    width = str(activations["value"].dims[-1])
+    direction = means["mean"].isel(side=0, drop=True) - means["mean"].isel(side=1, drop=True)
     if normalize:
         length = (direction**2).sum(width, skipna=False) ** 0.5
         direction = direction / length.where(length != 0, 1.0)
     found = xr.Dataset({"direction": direction.assign_attrs(long_name="positive − negative")})
-    for side in ("positive", "negative"):
-        found[f"mean_{side}"] = mean.sel(side=side, drop=True)
-        found[f"n_{side}"] = n.sel(side=side, drop=True).astype(np.int64).assign_attrs(units="tokens")
+    for number, name in enumerate(_SIDES):
+        found[f"mean_{name}"] = means["mean"].isel(side=number, drop=True)
+        found[f"n_{name}"] = means["n_token"].isel(side=number, drop=True)
     return found
 
 
@@ -88,7 +91,8 @@ def separation(
 
     SchemaError as `mean_difference`, and for a direction of another width or of other layers.
     """
-    sides = _sides(activations, positive, negative, skip_positions)
+    sides = xr.concat(_masks(activations, positive, negative), xr.Variable("side", list(_SIDES)))
+    sides = sides & counted(activations, skip_positions)
     value = vectors(activations, "a separation")
     width = str(value.dims[-1])
     if direction.chunks is not None:
@@ -109,7 +113,7 @@ def separation(
     along = xr.dot(rows.where(whole, 0.0), unit, dim=width)
     used = sides & whole & along.notnull()
     found, spread = xr.Dataset(), {}
-    for side in ("positive", "negative"):
+    for side in _SIDES:
         own = along.where(used.sel(side=side, drop=True))
         n = own.notnull().sum("token").astype(np.int64)
         spread[side] = own.var("token", ddof=1)
@@ -122,10 +126,10 @@ def separation(
     return found.drop_vars("token", errors="ignore")
 
 
-def _sides(
-    activations: xr.Dataset, positive: xr.DataArray, negative: xr.DataArray | None, skip_positions: int
-) -> xr.DataArray:
-    """Which tokens are on each side, boolean [side, token]."""
+def _masks(
+    activations: xr.Dataset, positive: xr.DataArray, negative: xr.DataArray | None
+) -> tuple[xr.DataArray, xr.DataArray]:
+    """Which tokens were named for each side, boolean [token], checked."""
     n_token = vectors(activations, "a difference of means").sizes["token"]
     for name, mask in (("positive", positive), ("negative", negative)):
         if mask is not None and (mask.dims != ("token",) or mask.sizes["token"] != n_token or mask.dtype != bool):
@@ -139,21 +143,7 @@ def _sides(
     other = ~one if negative is None else negative.reset_coords(drop=True)
     if one.chunks is None and other.chunks is None and bool((one & other).any()):
         raise SchemaError(f"{int((one & other).sum()):,} tokens are on both sides: the masks overlap")
-    both = xr.concat([one, other], xr.Variable("side", ["positive", "negative"]))
-    return both & counted(activations, skip_positions)
-
-
-def _means(value: xr.DataArray, sides: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
-    """Count [side, …] and mean [side, …, width] of the tokens of each side, those with NaN or infinity left out."""
-    width = str(value.dims[-1])
-    rows = value.reset_coords(drop=True).astype(np.float64)
-    whole = (abs(rows) < np.inf).all(width)
-    n = (sides & whole).sum("token").astype(np.float64)
-    total = xr.dot(rows.where(whole, 0.0), sides.astype(np.float64), dim="token")
-    lead = [dim for dim in value.dims if dim not in ("token", width)]
-    mean = (total / n.where(n > 0)).transpose("side", *lead, width)
-    kept = {dim: value[dim].reset_coords(drop=True) for dim in (*lead, width) if dim in value.coords}
-    return n.assign_coords({dim: kept[dim] for dim in lead if dim in kept}), mean.assign_coords(kept)
+    return one, other
 
 
 # ── from prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -121,7 +121,7 @@ def label(activations: xr.Dataset, name: str) -> xr.DataArray:
     coord = activations[name].reset_coords(drop=True)
     chunks = activations["value"].variable.chunksizes.get("token") if "value" in activations else None
     if chunks is None or coord.chunks is not None:
-        return xr.DataArray(coord.data, dims="token")
+        return xr.DataArray(coord.data, dims="token", name=name)
     held = activations[name]
 
     def read(block_info: Any = None) -> NDArray[Any]:
@@ -129,4 +129,5 @@ def label(activations: xr.Dataset, name: str) -> xr.DataArray:
         return np.asarray(held.isel(token=slice(start, stop)).values)
 
     dtype = coord.dtype
-    return xr.DataArray(da.map_blocks(read, chunks=(chunks,), dtype=dtype, meta=np.empty(0, dtype)), dims="token")
+    data = da.map_blocks(read, chunks=(chunks,), dtype=dtype, meta=np.empty(0, dtype))
+    return xr.DataArray(data, dims="token", name=name)

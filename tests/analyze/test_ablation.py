@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 import forebay
-from forebay.stages.analyze import ablation as module
+from forebay.stages.analyze import statistics
 from forebay.stages.analyze.ablation import ablation_effect
 from forebay.stages.analyze.metrics import Logit, LogProbability
 from forebay.stages.analyze.tokens import as_run
@@ -168,7 +168,7 @@ def test_a_mean_of_heads_is_the_same_however_the_store_is_cut(
     model: Model, tiny_model: Path, store: xr.DataTree, chunks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a mask narrows the tokens further; a node is as good as the tree."""
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 25)
+    monkeypatch.setattr(statistics, "ROWS_AT_ONCE", 25)
     node = store["attn.hook_z"].to_dataset()
     node = node.compute() if chunks is None else node.chunk(chunks)
     where = xr.DataArray(np.arange(node.sizes["token"]) < 61, dims="token")
