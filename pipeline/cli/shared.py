@@ -1,0 +1,79 @@
+"""What the commands share: their arguments, and how an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from ..exit_codes import FAILED, INTERRUPTED, REFUSED
+
+if TYPE_CHECKING:
+    from ...stores.store import Store
+
+RUN = click.argument("run", type=click.Path(path_type=Path))
+RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+TO = click.option(
+    "--to", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME of the recipe]"
+)
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto for the best there is."
+)
+
+
+class Refusal(click.ClickException):
+    """Something the user can mend: one message, no traceback."""
+
+    exit_code = REFUSED
+
+
+class Broken(Refusal):
+    """Something that went wrong on disk."""
+
+    exit_code = FAILED
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def refuse(command: Callable[P, R]) -> Callable[P, R]:
+    """Turns forebay's own errors into a message and an exit code."""
+
+    @wraps(command)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        from ...stages.dictionaries.errors import DictionaryError
+        from ...stages.models.errors import HookError, ModelError
+        from ...stores.errors import FULL, CorruptStore, DiskFull, ForebayError
+
+        try:
+            return command(*args, **kwargs)
+        except (DiskFull, CorruptStore) as error:
+            raise Broken(str(error)) from error
+        except (ForebayError, ModelError, HookError, DictionaryError) as error:
+            raise Refusal(str(error)) from error
+        except KeyboardInterrupt:
+            # Before a run could take signals over, or at the second one. Exit code 1 would say that units had failed.
+            click.echo("Interrupted. What is recorded is safe; run the same command again to go on.", err=True)
+            sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno in FULL:
+                raise Broken(f"{error.strerror}. What is recorded is safe. Free some space and run again") from error
+            raise Broken(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
+
+    return checked
+
+
+def stores_of(run: Path) -> list[Store]:
+    """The stores of a run. StoreNotFound if there is none, so that no wrong path is taken for a run that is whole."""
+    from ...stores.errors import StoreNotFound
+    from ...stores.tree import run_stores
+
+    found = list(run_stores(run))
+    if not found:
+        raise StoreNotFound(f"{run} is no run: it holds no store. Give the folder that `forebay run` wrote")
+    return found
