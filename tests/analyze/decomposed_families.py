@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
+from forebay.stages.models.taps import HookSpec
 
 from ..models.families import VARIANTS, make
 
@@ -54,6 +55,12 @@ MLP side by side; multipliers of embedding, residual stream and logits; norms on
 ROWS = [
     torch.randint(101, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (13, 1, 8)
 ]
+HOOKS = HookSpec().capture(
+    "hook_*embed",
+    "blocks.*.hook_*",
+    "blocks.*.{attn.hook_z,attn.hook_out,mlp.hook_post,mlp.hook_out}",
+    "ln_final.hook_scale",
+)
 NEURONS = {1: [5, 0, 51], 3: [17]}
 
 

@@ -29,26 +29,13 @@ E = 10
 """d_head of the tiny model."""
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture
-def folder(runs: Path, make_recipe: Callable[..., Path]) -> Path:
-    """A run of documents of one to 20 tokens in units of 90; made once."""
-    if not (runs / "run").exists():
-        recipe = make_recipe(
-            tokenize={"context": 20, "layout": "documents", "long_documents": "split"},
-            capture={"hooks": ["blocks.*.hook_mlp_out", "blocks.*.attn.hook_z", "hook_embed"], "unit_tokens": 90},
-        )
-        assert forebay.run(recipe, runs / "run").code == 0
-    return runs / "run"
+def folder(run_once: Callable[..., Path]) -> Path:
+    """A run of documents of one to 20 tokens in units of 90."""
+    return run_once(
+        tokenize={"context": 20, "layout": "documents", "long_documents": "split"},
+        capture={"hooks": ["blocks.*.hook_mlp_out", "blocks.*.attn.hook_z", "hook_embed"], "unit_tokens": 90},
+    )
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -20,13 +20,10 @@ from forebay.stages.models.errors import HookError
 from forebay.stages.models.model import Model
 from forebay.stores.errors import SchemaError
 
-from .test_ablation import METRIC, PROMPTS, folder, model, runs, store
+from .laziness import forbidden
+from .test_ablation import METRIC, PROMPTS, folder, store
 
-__all__ = ["folder", "model", "runs", "store"]  # fixtures
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
+__all__ = ["folder", "store"]  # fixtures
 
 
 @pytest.fixture

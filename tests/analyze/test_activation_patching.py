@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -38,6 +38,7 @@ from ..models.edited import edited_logits
 from ..models.families import SIZES as SIZES_OF
 from ..models.families import make
 from ..models.rwkv_models import write_pth
+from .laziness import forbidden
 
 CLEAN = [[7, 31, 250, 8, 99, 12], [1, 77, 5, 200]]
 CORRUPTED = [[7, 30, 251, 8, 98, 12], [2, 77, 6, 200]]
@@ -50,17 +51,7 @@ WHOLE = ["attn.hook_pattern", "attn.hook_attn_scores"]
 SIZES = {"layer": 3, "head": 4, "kv_head": 2}
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return load_model(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def by_hand(tiny_model: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation="eager").eval().requires_grad_(False)
-
-
-def seen(by_hand: LlamaForCausalLM, token_ids: Sequence[int], name: str) -> Tensor:
+def seen(eager: LlamaForCausalLM, token_ids: Sequence[int], name: str) -> Tensor:
     """What is at a hook point in a run of transformers' model."""
     found: list[Tensor] = []
 
@@ -68,12 +59,12 @@ def seen(by_hand: LlamaForCausalLM, token_ids: Sequence[int], name: str) -> Tens
         found.append(value.clone())
         return value
 
-    edited_logits(by_hand, torch.tensor([token_ids]), name, look)
+    edited_logits(eager, torch.tensor([token_ids]), name, look)
     return found[0]
 
 
 def patched_by_hand(
-    by_hand: LlamaForCausalLM, base: Sequence[int], source: Tensor, name: str, where: dict[str, Any]
+    eager: LlamaForCausalLM, base: Sequence[int], source: Tensor, name: str, where: dict[str, Any]
 ) -> Tensor:
     """The last logits of a run into which a part of `source` is put, addressed as numpy does it."""
     kind = name.split(".", 2)[-1] if name.startswith("blocks.") else name
@@ -84,7 +75,7 @@ def patched_by_hand(
         changed[index] = source[index]
         return changed
 
-    return edited_logits(by_hand, torch.tensor([base]), name, put)[0, -1]
+    return edited_logits(eager, torch.tensor([base]), name, put)[0, -1]
 
 
 def difference(logits: Tensor, pair: int) -> float:
@@ -92,19 +83,19 @@ def difference(logits: Tensor, pair: int) -> float:
 
 
 def assert_every_cell_is_right(
-    result: xr.Dataset, kind: str, by_hand: LlamaForCausalLM, bases: list[list[int]], sources: list[list[int]]
+    result: xr.Dataset, kind: str, eager: LlamaForCausalLM, bases: list[list[int]], sources: list[list[int]]
 ) -> None:
     value = result[kind]
     in_blocks = "layer" in value.dims
     for pair, (base, source) in enumerate(zip(bases, sources, strict=True)):
         for layer in range(3) if in_blocks else [None]:
             name = kind if layer is None else f"blocks.{layer}.{kind}"
-            other = seen(by_hand, source, name)
+            other = seen(eager, source, name)
             at = {"pair": pair} | ({} if layer is None else {"layer": layer})
             along = [dim for dim in value.dims if dim not in ("pair", "layer")]
             for site in itertools.product(*(range(len(base) if dim == "position" else SIZES[dim]) for dim in along)):
                 where = dict(zip(along, site, strict=True))
-                expected = difference(patched_by_hand(by_hand, base, other, name, where), pair)
+                expected = difference(patched_by_hand(eager, base, other, name, where), pair)
                 assert float(value.sel(at | where)) == pytest.approx(expected, rel=1e-4, abs=2e-4), (name, where)
 
 
@@ -112,37 +103,35 @@ def assert_every_cell_is_right(
 
 
 @pytest.mark.parametrize("kind", [*BY_POSITION, *BY_HEAD, *WHOLE])
-def test_every_cell_is_the_run_with_that_site_patched_by_hand(
-    kind: str, model: Model, by_hand: LlamaForCausalLM
-) -> None:
+def test_every_cell_is_the_run_with_that_site_patched_by_hand(kind: str, model: Model, eager: LlamaForCausalLM) -> None:
     result = activation_patching(model, CLEAN, CORRUPTED, METRIC, hooks=[kind], batch_size=7)
-    assert_every_cell_is_right(result, kind, by_hand, CORRUPTED, CLEAN)
+    assert_every_cell_is_right(result, kind, eager, CORRUPTED, CLEAN)
 
 
 @pytest.mark.parametrize("kind", ["hook_resid_mid", "attn.hook_z", "attn.hook_v", "attn.hook_pattern"])
-def test_noising_puts_corrupted_values_into_the_clean_run(kind: str, model: Model, by_hand: LlamaForCausalLM) -> None:
+def test_noising_puts_corrupted_values_into_the_clean_run(kind: str, model: Model, eager: LlamaForCausalLM) -> None:
     result = activation_patching(model, CLEAN, CORRUPTED, METRIC, hooks=[kind], direction="noising", batch_size=11)
-    assert_every_cell_is_right(result, kind, by_hand, CLEAN, CORRUPTED)
+    assert_every_cell_is_right(result, kind, eager, CLEAN, CORRUPTED)
     assert result.attrs["direction"] == "noising"
 
 
 @pytest.mark.parametrize("kind", ["hook_resid_mid", "mlp.hook_post", "attn.hook_q", "attn.hook_k", "attn.hook_z"])
 def test_all_positions_are_patched_at_once_where_that_is_asked(
-    kind: str, model: Model, by_hand: LlamaForCausalLM
+    kind: str, model: Model, eager: LlamaForCausalLM
 ) -> None:
     result = activation_patching(model, CLEAN, CORRUPTED, METRIC, hooks=[kind], by_position=False, batch_size=5)
     assert "position" not in result.dims
-    assert_every_cell_is_right(result, kind, by_hand, CORRUPTED, CLEAN)
+    assert_every_cell_is_right(result, kind, eager, CORRUPTED, CLEAN)
 
 
-def test_chosen_positions_are_patched_at_once(model: Model, by_hand: LlamaForCausalLM) -> None:
+def test_chosen_positions_are_patched_at_once(model: Model, eager: LlamaForCausalLM) -> None:
     found = activation_patching(
         model, CLEAN, CORRUPTED, METRIC, hooks=["attn.hook_v"], positions=[1, -1], by_position=False
     )
     for pair, layer, head in itertools.product(range(2), range(3), range(2)):
         name = f"blocks.{layer}.attn.hook_v"
         where = {"position": torch.tensor([1, len(CLEAN[pair]) - 1]), "kv_head": head}
-        last = patched_by_hand(by_hand, CORRUPTED[pair], seen(by_hand, CLEAN[pair], name), name, where)
+        last = patched_by_hand(eager, CORRUPTED[pair], seen(eager, CLEAN[pair], name), name, where)
         value = float(found["attn.hook_v"].sel(pair=pair, layer=layer, kv_head=head))
         assert value == pytest.approx(difference(last, pair), rel=1e-4, abs=2e-4)
 
@@ -335,10 +324,6 @@ def test_texts_are_prompts_too(model: Model) -> None:
             activation_patching(model, one, other, Logit(token=3))
 
 
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
-
-
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hooks": "hook_resid_prr"}, HookError, "no kind of hook point 'hook_resid_prr'.*'hook_resid_pre'"),
     ({"hooks": ["blocks.1.attn.hook_z"]}, HookError, r"Give the kind alone, 'attn\.hook_z', and layers="),
@@ -464,8 +449,8 @@ def test_a_divergence_can_be_made_by_hand(model: Model) -> None:
     ours = divergence_from(model, CLEAN, position=-2)
     assert ours.position == -2
     torch.testing.assert_close(ours.reference, logits)
-    by_hand = Divergence(reference=logits, position=-2)
-    found = [activation_patching(model, CLEAN, CORRUPTED, metric, layers=[1]) for metric in (ours, by_hand)]
+    eager = Divergence(reference=logits, position=-2)
+    found = [activation_patching(model, CLEAN, CORRUPTED, metric, layers=[1]) for metric in (ours, eager)]
     xr.testing.assert_allclose(*found, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -28,27 +28,11 @@ from forebay.stages.models.taps import HookSpec
 from forebay.stores.errors import SchemaError
 
 from ..models.rwkv_models import write_pth
+from .laziness import forbidden
 
 PATTERN = "activations/attn.hook_pattern"
 LENGTHS = (13, 4, 9, 1)
 LAYERS = (0, 2)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def run(runs: Path, make_recipe: Callable[..., Path]) -> Path:
-    """Documents of one to 24 tokens in units of 50, two layers' patterns; made once."""
-    if not (runs / "run").exists():
-        recipe = make_recipe(
-            tokenize={"context": 24, "layout": "documents", "long_documents": "split"},
-            capture={"hooks": ["blocks.{0,2}.attn.hook_pattern"], "unit_tokens": 120},
-        )
-        assert forebay.run(recipe, runs / "run").code == 0
-    return runs / "run"
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +58,6 @@ def alone(tiny_model: Path, ragged: list[list[int]]) -> list[list[torch.Tensor]]
     with torch.inference_mode():
         found = [model(torch.tensor([ids]), output_attentions=True).attentions for ids in ragged]
     return [[attentions[layer][0].double() for layer in LAYERS] for attentions in found]
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 def close(found: Any, expected: Any) -> None:
@@ -246,22 +226,24 @@ EVERY: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("function", EVERY.values(), ids=EVERY)
 def test_a_store_is_read_when_it_is_asked_and_any_chunks_give_the_same(
-    function: Callable[[Any], Any], run: Path, monkeypatch: pytest.MonkeyPatch
+    function: Callable[[Any], Any], patterns_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with dask.config.set(scheduler=forbidden), monkeypatch.context() as reading:
         reading.setattr("forebay.stores.tree.KeptArray._read", forbidden)
-        lazy = function(forebay.open_run(run)[PATTERN])
+        lazy = function(forebay.open_run(patterns_run)[PATTERN])
         with pytest.raises(AssertionError, match="something was computed"):
             lazy.compute()
     assert lazy["document"].chunks is None
-    whole = function(forebay.open_run(run, chunks=None)[PATTERN].to_dataset().compute())
+    whole = function(forebay.open_run(patterns_run, chunks=None)[PATTERN].to_dataset().compute())
     xr.testing.assert_identical(lazy.compute(), whole)
-    split = forebay.open_run(run)[PATTERN].to_dataset().chunk({"sequence": 20, "head": 3, "query": 13, "key": 10})
+    split = (
+        forebay.open_run(patterns_run)[PATTERN].to_dataset().chunk({"sequence": 20, "head": 3, "query": 13, "key": 15})
+    )
     xr.testing.assert_identical(function(split).compute(), whole)
 
 
-def test_every_token_of_a_store_is_counted_and_nothing_else(run: Path) -> None:
-    tree = forebay.open_run(run)
+def test_every_token_of_a_store_is_counted_and_nothing_else(patterns_run: Path) -> None:
+    tree = forebay.open_run(patterns_run)
     lengths = tree["sequences/n_token"].values
     assert len(set(lengths.tolist())) > 3
     entropy = attention_entropy(tree[PATTERN])["entropy"].compute()
@@ -272,8 +254,8 @@ def test_every_token_of_a_store_is_counted_and_nothing_else(run: Path) -> None:
     assert (last.notnull().sum("key") == xr.DataArray(lengths, dims="sequence")).all()
 
 
-def test_a_selection_of_sequences_needs_no_table(run: Path) -> None:
-    tree = forebay.open_run(run)
+def test_a_selection_of_sequences_needs_no_table(patterns_run: Path) -> None:
+    tree = forebay.open_run(patterns_run)
     whole = attention_from(tree[PATTERN], -1).compute()
     some = attention_from(tree[PATTERN].to_dataset().isel(sequence=[7, 2], layer=1, head=0), -1).compute()
     xr.testing.assert_identical(some, whole.isel(sequence=[7, 2], layer=1, head=0))

@@ -34,11 +34,6 @@ PAIRS = [(8, 1), (8, 2), (5, 3), (7, 5)]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> Any:
     from transformers import LlamaForCausalLM
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,17 +25,13 @@ from forebay.stores.errors import SchemaError
 from ..dictionaries.feature_models import in_float64
 from ..models.rwkv_models import write_pth
 from .hooked_llama import Place, run
+from .laziness import forbidden
 
 CLEAN = [[7, 31, 250, 8, 99, 12], [1, 77, 5, 200], [9, 8, 7, 6, 5]]
 CORRUPTED = [[7, 30, 251, 8, 98, 12], [2, 77, 6, 200], [9, 80, 7, 6, 5]]
 METRIC = LogitDifference(correct=[17, 40, 2], wrong=[230, 41, 3])
 KINDS = ("hook_resid_pre", "attn.hook_z", "attn.hook_v", "hook_mlp_out")
 E = 10
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
 
 
 def metric_by_hand(logits: Tensor, number: int) -> Tensor:
@@ -334,10 +330,6 @@ def test_results_of_other_sites_directions_or_metrics_are_not_compared() -> None
         patching_agreement(exact, found.assign_attrs(direction="noising"))
     with pytest.raises(SchemaError, match="same metric are compared, not of Logit and Probability"):
         patching_agreement(exact, found.assign_attrs(metric="Probability"))
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 @pytest.mark.parametrize(

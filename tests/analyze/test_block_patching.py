@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +13,11 @@ from transformers import LlamaForCausalLM
 
 from forebay.stages.analyze.block_patching import block_patching, map_positions
 from forebay.stages.models.errors import HookError, ModelError
-from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
 from forebay.stores.errors import SchemaError
 
 from . import patched_llama
+from .laziness import forbidden
 
 ORIGINAL = [[7, 31, 250, 8, 99, 12], [1, 77, 5, 200]]
 COUNTERFACTUAL = [[7, 30, 8, 99, 12], [2, 77, 6, 3, 9, 200]]
@@ -29,16 +28,6 @@ OTHERS = ["Mrs. Long wants", "My dear Mr. Bennet is surprised at last"]
 TEMPLATE = "\n\nDo you know who?"
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return load_model(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def by_hand(tiny_model: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation="eager").eval().requires_grad_(False)
-
-
 def divergence(base: Tensor, other: Tensor) -> float:
     log_p, log_q = base.double().log_softmax(-1), other.double().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum())
@@ -47,7 +36,7 @@ def divergence(base: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["hook_resid_post", "hook_mlp_out"])
 @pytest.mark.parametrize(("block_size", "blocks"), [(1, [[0], [1], [2]]), (2, [[0, 1], [2]]), (9, [[0, 1, 2]])])
 def test_every_cell_is_the_run_with_a_block_replaced_by_hand(
-    kind: str, block_size: int, blocks: list[list[int]], model: Model, by_hand: LlamaForCausalLM
+    kind: str, block_size: int, blocks: list[list[int]], model: Model, eager: LlamaForCausalLM
 ) -> None:
     result = block_patching(
         model, ORIGINAL, COUNTERFACTUAL, block_size=block_size, hook=kind, position_map=MAPS, batch_size=5
@@ -56,16 +45,16 @@ def test_every_cell_is_the_run_with_a_block_replaced_by_hand(
     assert result["first_layer"].values.tolist() == [block[0] for block in blocks]
     assert result["last_layer"].values.tolist() == [block[-1] for block in blocks]
     for pair, (ids, others, places) in enumerate(zip(ORIGINAL, COUNTERFACTUAL, MAPS, strict=True)):
-        base, other = (patched_llama.run(by_hand, row, {}) for row in (ids, others))
+        base, other = (patched_llama.run(eager, row, {}) for row in (ids, others))
         own = result.sel(pair=pair)
         assert int(own["original_top_token_id"]) == int(base.argmax())
         assert int(own["counterfactual_top_token_id"]) == int(other.argmax())
         assert float(own["counterfactual_kl_divergence"]) == pytest.approx(divergence(base, other), rel=1e-3)
-        states = {layer: patched_llama.seen(by_hand, others, (kind, layer)) for layer in range(3)}
+        states = {layer: patched_llama.seen(eager, others, (kind, layer)) for layer in range(3)}
         for number, block in enumerate(blocks):
             for position, place in enumerate(places):
                 edits = {(kind, layer): patched_llama.put(states[layer][place], position) for layer in block}
-                patched = patched_llama.run(by_hand, ids, edits)
+                patched = patched_llama.run(eager, ids, edits)
                 cell = own.sel(block=number, position=position)
                 assert float(cell["kl_divergence"]) == pytest.approx(divergence(base, patched), rel=1e-3, abs=1e-6)
                 assert int(cell["top_token_id"]) == int(patched.argmax())
@@ -159,10 +148,6 @@ def test_texts_alone_are_of_no_type(model: Model) -> None:
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [

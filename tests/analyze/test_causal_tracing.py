@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +16,11 @@ from forebay.stages.analyze.causal_tracing import TOKEN_TYPES, causal_tracing, e
 from forebay.stages.analyze.metrics import Logit, LogitDifference, Probability
 from forebay.stages.analyze.patching import recovery
 from forebay.stages.models.errors import HookError, ModelError
-from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
 from forebay.stores.errors import SchemaError
 
 from . import patched_llama
+from .laziness import forbidden
 
 IDS = [7, 31, 250, 8, 99, 12]
 SUBJECT = [1, 2]
@@ -29,18 +28,8 @@ METRIC = LogitDifference(correct=17, wrong=230)
 KINDS = ("hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return load_model(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def by_hand(tiny_model: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation="eager").eval().requires_grad_(False)
-
-
-def noise_of(by_hand: LlamaForCausalLM, factor: float, n_samples: int, n_subject: int, seed: int) -> Tensor:
-    sigma = by_hand.model.embed_tokens.weight.double().std(correction=0)
+def noise_of(eager: LlamaForCausalLM, factor: float, n_samples: int, n_subject: int, seed: int) -> Tensor:
+    sigma = eager.model.embed_tokens.weight.double().std(correction=0)
     chance = torch.Generator().manual_seed(seed)
     return torch.randn(n_samples, n_subject, 28, generator=chance) * float(factor * sigma)
 
@@ -59,17 +48,17 @@ def difference(logits: Tensor) -> float:
 
 @pytest.mark.parametrize(("window", "around"), [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (10, (5, 4))])
 def test_every_cell_is_the_corrupted_run_with_clean_states_put_back_by_hand(
-    window: int, around: tuple[int, int], model: Model, by_hand: LlamaForCausalLM
+    window: int, around: tuple[int, int], model: Model, eager: LlamaForCausalLM
 ) -> None:
     result = causal_tracing(
         model, IDS, SUBJECT, METRIC, hooks=KINDS, window=window, n_samples=2, noise=2.0, seed=4, batch_size=7
     )
-    noise = noise_of(by_hand, 2.0, 2, 2, seed=4)
-    clean = {(kind, layer): patched_llama.seen(by_hand, IDS, (kind, layer)) for kind in KINDS for layer in range(3)}
-    assert float(result["clean"]) == pytest.approx(difference(patched_llama.run(by_hand, IDS, {})), abs=1e-4)
+    noise = noise_of(eager, 2.0, 2, 2, seed=4)
+    clean = {(kind, layer): patched_llama.seen(eager, IDS, (kind, layer)) for kind in KINDS for layer in range(3)}
+    assert float(result["clean"]) == pytest.approx(difference(patched_llama.run(eager, IDS, {})), abs=1e-4)
     for sample in range(2):
         corrupt = {("hook_embed", 0): corrupting(noise[sample], SUBJECT)}
-        expected = difference(patched_llama.run(by_hand, IDS, corrupt))
+        expected = difference(patched_llama.run(eager, IDS, corrupt))
         assert float(result["corrupted"][sample]) == pytest.approx(expected, abs=2e-4)
         for kind in KINDS:
             before, after = (0, 0) if kind == "hook_resid_post" else around
@@ -77,7 +66,7 @@ def test_every_cell_is_the_corrupted_run_with_clean_states_put_back_by_hand(
                 near = [other for other in range(3) if layer - before <= other <= layer + after]
                 for position in range(6):
                     put = {(kind, at): patched_llama.put(clean[kind, at][position], position) for at in near}
-                    expected = difference(patched_llama.run(by_hand, IDS, {**corrupt, **put}))
+                    expected = difference(patched_llama.run(eager, IDS, {**corrupt, **put}))
                     found = float(result[kind].sel(layer=layer, position=position, sample=sample))
                     assert found == pytest.approx(expected, abs=2e-4), (kind, layer, position)
 
@@ -133,9 +122,9 @@ def test_results_do_not_depend_on_how_many_runs_share_a_forward(batch_size: int,
 
 
 def test_the_deviation_is_that_of_all_embeddings_together(
-    model: Model, by_hand: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    model: Model, eager: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = by_hand.model.embed_tokens.weight
+    weight = eager.model.embed_tokens.weight
     expected = float(weight.double().std(correction=0))
     assert embedding_std(model) == pytest.approx(expected, rel=1e-6)
     monkeypatch.setattr("forebay.stages.analyze.causal_tracing._AT_ONCE", 7)
@@ -194,10 +183,6 @@ def test_what_was_done_is_recorded(model: Model) -> None:
     assert result.attrs["sigma"] == pytest.approx(embedding_std(model))
     assert {result[name].dtype for name in result.data_vars} == {np.dtype(np.float32)}
     assert {result[name].attrs["units"] for name in result.data_vars} == {"probability"}
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -23,11 +23,6 @@ N_LAYERS, N_TOKENS, WIDTH = 3, 41, 7
 CHUNKS = [None, {"token": 7}, {"token": 41}, {"token": 13, "layer": 2, "d_model": 3}]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(str(tiny_model), device="cpu")
-
-
 def computes_nothing(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("something was computed")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -29,24 +28,16 @@ from forebay.stages.models.taps import HookSpec
 from forebay.stores.errors import SchemaError
 
 from ..models.rwkv_models import write_pth
+from .laziness import forbidden
 
 PATTERN = "activations/attn.hook_pattern"
 IDS = [[7, 3, 3, 9, 7, 3, 9, 9, 7, 5, 3], [4, 4, 4, 2, 4], [1], [6, 8, 6, 8, 6, 8, 11]]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def captured(model: Model) -> xr.DataTree:
     hooks = HookSpec().capture("blocks.*.attn.hook_pattern")
     return as_run(model.forward(IDS, hooks, logits=False))
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 def edges_of(ids: list[int], kind: str, exclude_bos: bool, exclude_current_token: bool) -> list[tuple[int, int]]:
@@ -169,27 +160,11 @@ def test_one_pattern_and_one_sequence_will_do(captured: xr.DataTree) -> None:
 # ── stores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def run(runs: Path, make_recipe: Callable[..., Path]) -> Path:
-    if not (runs / "run").exists():
-        recipe = make_recipe(
-            tokenize={"context": 24, "layout": "documents", "long_documents": "split"},
-            capture={"hooks": ["blocks.{0,2}.attn.hook_pattern"], "unit_tokens": 120},
-        )
-        assert forebay.run(recipe, runs / "run").code == 0
-    return runs / "run"
-
-
 @pytest.mark.parametrize("measure", ["mass", "mul"])
 def test_a_store_is_read_when_it_is_asked_and_any_chunks_give_the_same(
-    measure: str, run: Path, monkeypatch: pytest.MonkeyPatch
+    measure: str, patterns_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = forebay.open_run(run)
+    tree = forebay.open_run(patterns_run)
     with dask.config.set(scheduler=forbidden), monkeypatch.context() as reading:
         reading.setattr("forebay.stores.tree.KeptArray._read", forbidden)
         lazy = head_detectors(tree[PATTERN], tree["tokens"], measure=measure)

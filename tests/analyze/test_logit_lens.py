@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -19,24 +19,18 @@ from forebay.stages.analyze.logit_lens import logit_lens
 from forebay.stages.models.unembedding import Unembedding
 from forebay.stores.errors import SchemaError
 
+from .laziness import forbidden
+
 RESID = "activations/hook_resid_post"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture
-def run(runs: Path, make_recipe: Callable[..., Path]) -> Path:
-    """Documents of one to 64 tokens in units of 90, all layers and the logits in float32; made once."""
-    if not (runs / "run").exists():
-        recipe = make_recipe(
-            tokenize={"context": 64, "layout": "documents", "long_documents": "split"},
-            capture={"hooks": ["blocks.*.hook_resid_post", "hook_logits"], "unit_tokens": 90},
-        )
-        assert forebay.run(recipe, runs / "run").code == 0
-    return runs / "run"
+def run(run_once: Callable[..., Path]) -> Path:
+    """Documents of one to 64 tokens in units of 90, all layers and the logits in float32."""
+    return run_once(
+        tokenize={"context": 64, "layout": "documents", "long_documents": "split"},
+        capture={"hooks": ["blocks.*.hook_resid_post", "hook_logits"], "unit_tokens": 90},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +112,6 @@ def test_a_soft_cap_is_part_of_the_unembedding(run: Path, unembedding: Unembeddi
 
 
 # ── how it computes ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 def test_nothing_is_computed_or_read_before_it_is_asked_for(

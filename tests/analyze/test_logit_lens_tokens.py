@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -20,16 +20,13 @@ from forebay.stages.models.taps import HookSpec
 from forebay.stores.errors import SchemaError
 from forebay.stores.tree import KeptArray
 
+from .laziness import forbidden
+
 ROWS = [
     torch.randint(300, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (11, 1, 6)
 ]
 TOKENS = [250, 3, 77]
 HOOKS = ("hook_embed", "blocks.*.{hook_resid_pre,hook_resid_mid,hook_resid_post,hook_attn_out}", "hook_final_norm")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +43,6 @@ def said(captures: xr.DataTree, tiny_model: Path) -> np.ndarray[Any, Any]:
     with torch.inference_mode():
         stream = torch.from_numpy(captures["activations/hook_resid_post"]["value"].values).double()
         return np.asarray(reference.lm_head(reference.model.norm(stream)).numpy())
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 def probability(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -170,16 +163,9 @@ def test_what_is_normalised_already_is_refused(model: Model, name: str) -> None:
 # ── stores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture
-def run(runs: Path, make_recipe: Callable[..., Path]) -> xr.DataTree:
-    if not (runs / "run").exists():
-        assert forebay.run(make_recipe(capture={"unit_tokens": 96}), runs / "run").code == 0
-    return forebay.open_run(runs / "run")
+def run(run_once: Callable[..., Path]) -> xr.DataTree:
+    return forebay.open_run(run_once(capture={"unit_tokens": 96}))
 
 
 def test_all_variables_come_of_one_reading(run: xr.DataTree, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +186,7 @@ def test_nothing_is_computed_before_it_is_asked_for(run: xr.DataTree, model: Mod
         lens = logit_lens(node, model.unembedding, tokens=TOKENS)
         first = first_appearance(lens, 250, 20)
         assert first.chunks
-    lazily = logit_lens(node.to_dataset().chunk({"token": 7}), model.unembedding, tokens=TOKENS).compute()
+    lazily = logit_lens(node.to_dataset().chunk({"token": 61}), model.unembedding, tokens=TOKENS).compute()
     whole = logit_lens(node.to_dataset().compute(), model.unembedding, tokens=TOKENS)
     np.testing.assert_array_equal(lazily["token_rank"], whole["token_rank"])
     np.testing.assert_allclose(lazily["token_probability"], whole["token_probability"], rtol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import dask.array as da
@@ -20,11 +20,9 @@ from forebay.stages.analyze.massive_activations import massive_activations
 from forebay.stages.analyze.tokens import as_run
 from forebay.stores.errors import SchemaError
 
+from .laziness import forbidden
+
 PLACE = ("channel", "token", "sequence", "position", "token_id")
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 def make_node(value: NDArray[Any], dims: tuple[str, ...] = ("layer", "token", "d_model")) -> xr.Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-import forebay
 from forebay.stages.analyze.activation_patching import activation_patching
 from forebay.stages.analyze.metrics import Logit, LogitDifference
 from forebay.stages.analyze.patching import recovery
@@ -25,6 +24,7 @@ from forebay.stores.errors import SchemaError
 
 from ..dictionaries.feature_models import model_of
 from .hooked_llama import Place, put, run
+from .laziness import forbidden
 
 CLEAN = [[7, 31, 250, 8, 99, 12], [1, 77, 5, 200]]
 CORRUPTED = [[7, 30, 251, 8, 98, 12], [2, 77, 6, 200]]
@@ -32,11 +32,6 @@ METRIC = LogitDifference(correct=[17, 40], wrong=[230, 41])
 E = 10
 KEPT = ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
 SENDERS = ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
 
 
 @functools.cache
@@ -247,10 +242,6 @@ def test_the_result_is_one_of_patching(model: Model) -> None:
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 Q0 = "blocks.0.attn.hook_q"

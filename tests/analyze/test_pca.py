@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import dask.array as da
@@ -17,11 +17,9 @@ from sklearn.decomposition import PCA
 from forebay.stages.analyze.pca import pca, pca_of, project, reconstruct
 from forebay.stores.errors import SchemaError
 
+from .laziness import forbidden
+
 WIDTH, N = 17, 203
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 @pytest.fixture(scope="module")

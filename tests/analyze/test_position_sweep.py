@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-import forebay
 from forebay.stages.analyze.metrics import Logit, LogProbability, Probability
 from forebay.stages.analyze.position_sweep import position_sweep
 from forebay.stages.dictionaries.interventions import Clamp, Inject, Suppress
@@ -25,6 +24,7 @@ from forebay.stores.errors import SchemaError
 
 from ..dictionaries.feature_models import InMemory, dictionary_of, set_of
 from .hooked_llama import Edit, Place, run
+from .laziness import forbidden
 
 PROMPT = [5, 71, 8, 130, 44, 9, 280]
 TOKEN = 17
@@ -33,11 +33,6 @@ N_FEATURES = (5, 7, 6)
 SUPPRESSED = {FeatureId(0, 1): -3.0, FeatureId(1, 4): -3.0}
 INJECTED = {FeatureId(1, 6): 3.0}
 METRICS = [Probability(token=TOKEN), Logit(token=TOKEN), LogProbability(token=TOKEN)]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
 
 
 def transcoders(cross_layer: bool = True) -> TranscoderSet:
@@ -240,10 +235,6 @@ def test_variables_have_units(model: Model) -> None:
     assert set(found.data_vars) == {
         f"{name}{of}" for name in ("probability", "logit", "log_probability") for of in ("", "_baseline", "_change")
     }
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [

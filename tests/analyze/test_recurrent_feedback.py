@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import forebay
 from forebay.stages.analyze.recurrent_feedback import (
     COUPLETS,
     RHYME_FAMILIES,
@@ -29,11 +27,6 @@ from forebay.stores.errors import SchemaError
 MINE = (Couplet("a fortune in the neighbourhood,", "man"), Couplet("some", "wife"), Couplet("It is a truth,", "man"))
 FAMILIES = {"man": ("man", "can"), "wife": ("wife", "life", "strife")}
 NEW = 9
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(str(tiny_model), device="cpu")
 
 
 def alone(model: Model, couplet: Couplet, condition: FeedbackCondition | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -24,35 +24,15 @@ from forebay.stores.errors import SchemaError
 
 from ..models.rwkv_edits import ROWS as RWKV_ROWS
 from ..models.rwkv_edits import Rwkv
-from .decomposed_families import CHOSEN, NEURONS, ROWS, ByHand, by_hand, load_both
+from .decomposed_families import HOOKS, NEURONS, ROWS, ByHand
+from .laziness import forbidden
 
-HOOKS = HookSpec().capture(
-    "hook_*embed",
-    "blocks.*.hook_*",
-    "blocks.*.{attn.hook_z,attn.hook_out,mlp.hook_post,mlp.hook_out}",
-    "ln_final.hook_scale",
-)
 STORED = ["hook_embed", "blocks.*.{hook_attn_out,hook_mlp_out,attn.hook_z,mlp.hook_post,hook_resid_post}"]
-
-
-@pytest.fixture(scope="module", params=CHOSEN)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Model]:
-    return load_both(request.param, tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="module")
 def model(both: tuple[PreTrainedModel, Model]) -> Model:
     return both[1]
-
-
-@pytest.fixture(scope="module")
-def captures(model: Model) -> xr.DataTree:
-    return as_run(model.forward(ROWS, HOOKS))
-
-
-@pytest.fixture(scope="module")
-def expected(both: tuple[PreTrainedModel, Model]) -> ByHand:
-    return by_hand(both[0])
 
 
 def close(ours: Any, theirs: torch.Tensor, stream: torch.Tensor) -> bool:
@@ -183,26 +163,9 @@ def test_heads_and_neurons_of_recurrent_models(rwkv: Rwkv) -> None:
 # ── stores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture
-def run(runs: Path, make_recipe: Callable[..., Path]) -> xr.DataTree:
-    if not (runs / "run").exists():
-        recipe = make_recipe(capture={"hooks": STORED, "unit_tokens": 64})
-        assert forebay.run(recipe, runs / "run").code == 0
-    return forebay.open_run(runs / "run")
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model: Path) -> Model:
-    return forebay.load_model(tiny_model, device="cpu")
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
+def run(run_once: Callable[..., Path]) -> xr.DataTree:
+    return forebay.open_run(run_once(capture={"hooks": STORED, "unit_tokens": 176}))
 
 
 @pytest.fixture

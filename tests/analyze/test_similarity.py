@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -14,12 +14,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from forebay.stages.analyze.similarity import direction_cosine, layer_cosine, linear_cka
 from forebay.stores.errors import SchemaError
 
+from .laziness import forbidden
+
 N, WIDTH = 143, 11
 KEPT = np.arange(N) % 9 > 0
-
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
 
 
 def make_node(value: NDArray[Any], dims: tuple[str, ...] = ("layer", "token", "d_model")) -> xr.Dataset:

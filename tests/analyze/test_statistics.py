@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from forebay.stages.analyze.statistics import histogram_quantile, magnitude_histogram, mean_by, norm_statistics
 from forebay.stores.errors import SchemaError
 
-
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
+from .laziness import forbidden
 
 
 def make_node(value: NDArray[Any], dims: tuple[str, ...] = ("layer", "token", "d_model")) -> xr.Dataset:

@@ -39,11 +39,6 @@ LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return forebay.load_model(str(tiny_model), device="cpu")
-
-
-@pytest.fixture(scope="module")
 def theirs(tiny_model: Path) -> LlamaForCausalLM:
     loaded = LlamaForCausalLM.from_pretrained(tiny_model).eval()
     loaded.set_attn_implementation("eager")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import numpy as np
@@ -20,29 +20,20 @@ from forebay.stages.analyze.statistics import mean_by
 from forebay.stages.analyze.tokens import as_run, counted, label, needs, vectors
 from forebay.stores.errors import SchemaError
 
+from .laziness import forbidden
+
 HOOKS = ["blocks.{0,2}.hook_resid_post", "blocks.1.attn.hook_z", "blocks.{0,1,2}.attn.hook_pattern", "hook_embed"]
 
 
-def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("something was computed")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture
-def run(runs: Path, make_recipe: Callable[..., Path]) -> xr.DataTree:
-    """Documents of one to 64 tokens, a sequence each, in units of 90; made once."""
-    if not (runs / "run").exists():
-        recipe = make_recipe(
-            texts=["It is a truth", "universally acknowledged, that", "a", "single man in possession"],
-            tokenize={"context": 64, "layout": "documents", "long_documents": "split"},
-            capture={"hooks": HOOKS, "unit_tokens": 20},
-        )
-        assert forebay.run(recipe, runs / "run").code == 0
-    return forebay.open_run(runs / "run")
+def run(run_once: Callable[..., Path]) -> xr.DataTree:
+    """Documents of one to some dozen tokens, a sequence each, in units of 20."""
+    folder = run_once(
+        texts=["It is a truth", "universally acknowledged, that", "a", "single man in possession"],
+        tokenize={"context": 64, "layout": "documents", "long_documents": "split"},
+        capture={"hooks": HOOKS, "unit_tokens": 20},
+    )
+    return forebay.open_run(folder)
 
 
 @pytest.fixture

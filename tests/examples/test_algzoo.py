@@ -63,6 +63,10 @@ def test_what_is_written_is_what_the_library_says(weights: Path, tmp_path: Path)
     bits = surprise_accounting(network, oracle, x)["residual_bits"].item()
     assert tree["oracle/residual_bits"].item() == pytest.approx(bits)
     assert f"{bits:,.0f}" in said.replace("\n", " ")
+    # How far regions are trusted is found where they say something: elsewhere an input costs its bit, and no more.
+    elsewhere = int((tree["region_estimator/prediction"] < 0).sum())
+    assert 0 < elsewhere < 5_000
+    assert elsewhere < tree["region_estimator/residual_bits"].item() < elsewhere + 50
 
 
 def test_a_network_that_it_trains_does_better_than_chance(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def restore_threads() -> Iterator[None]:
 
 
 def test_again(smollm2: Model, english: Tensor) -> None:
-    first, again = (smollm2.forward(english, HOOKS, logits=False) for _ in range(2))
+    first, again = (smollm2.forward(english[:2], HOOKS, logits=False) for _ in range(2))
     for point, value in first.captures.items():
         assert torch.equal(value, again[point]), point
 
@@ -35,6 +35,6 @@ def test_one_thread_and_two(smollm2: Model, english: Tensor, worst_token: Callab
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(smollm2.forward(english[:2], HOOKS, logits=False))
+        results.append(smollm2.forward(english[:1], HOOKS, logits=False))
     for point, value in results[0].captures.items():
         assert worst_token(value, results[1][point]) < 1e-5, point

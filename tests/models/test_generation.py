@@ -18,7 +18,7 @@ from forebay.stages.models.rope import LENGTH_DEPENDENT
 from forebay.stages.models.sampling import Sampling
 from forebay.stages.models.taps import HookSpec
 
-from .families import build
+from .families import ORIGINAL_CONTEXT, build
 
 PROMPTS = [torch.arange(3, 15), torch.arange(40, 43), torch.arange(60, 69)]
 
@@ -28,8 +28,8 @@ def ids(model: Model, prompts: object, **settings: object) -> list[list[int]]:
 
 
 def test_a_cache_gives_the_tokens_of_a_full_recomputation_in_every_family(ours: Model) -> None:
-    """Prompts of different lengths, longer than the sliding window, and with tokens to come beyond it."""
-    n = min(12, ours.spec.n_ctx - 12)
+    """Prompts of different lengths, with tokens to come beyond the sliding window and beyond the original context."""
+    n = min(ORIGINAL_CONTEXT - len(PROMPTS[-1]) + 1, ours.spec.n_ctx - 12)
     kept = ours.generate(PROMPTS, max_new_tokens=n, stops=())
     again = ours.generate(PROMPTS, max_new_tokens=n, stops=(), cache=False)
     for one, other in zip(kept, again, strict=True):

@@ -79,7 +79,7 @@ SMOLLM2 = Real(
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
     ),
-    length=256,
+    length=96,
     loss=2.53,
     completions={"The capital of France is": " Paris.", "Once upon a time": ", the city of"},
 )

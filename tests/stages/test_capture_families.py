@@ -51,7 +51,7 @@ def test_the_store_holds_what_the_forward_gives(
 ) -> None:
     hooks = HOOKS[model.name]
     documents: dict[str, Any] = {"context": 40, "layout": "documents", "long_documents": "split"}
-    recipe = make_recipe(model.name, model=model, tokenize=documents, capture={"hooks": hooks, "unit_tokens": 64})
+    recipe = make_recipe(model.name, model=model, tokenize=documents, capture={"hooks": hooks, "unit_tokens": 200})
     assert forebay.run(recipe, tmp_path / "run").code == 0
     tree, loaded = forebay.open_run(tmp_path / "run"), forebay.load_model(model, device="cpu")
     tokens = tree["tokens"].to_dataset()

@@ -156,8 +156,7 @@ def assert_kept(folder: Path, expected: dict[HookPoint, torch.Tensor], store_dty
 # ── bit for bit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("batch", "store_dtype"), [(1, "bfloat16"), (5, "float32")])
-@pytest.mark.parametrize("layout", ["packed", "documents"])
+@pytest.mark.parametrize(("layout", "batch", "store_dtype"), [("packed", 1, "bfloat16"), ("documents", 5, "float32")])
 def test_the_store_holds_what_the_forward_gives_bit_for_bit(
     checkpoint: Path, tmp_path: Path, layout: str, batch: int, store_dtype: str
 ) -> None:

@@ -147,20 +147,24 @@ def assert_close(found: NDArray[np.float64], due: NDArray[np.float64], rounding:
     assert ((found > 0) == (due > 0)).mean() >= 1 - 1e-3
 
 
-@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
-@pytest.mark.parametrize("fused", [False, True], ids=["stored", "fused"])
-def test_features_are_those_of_the_captured_activations(
-    encoded: Encoded, tmp_path: Path, architecture: str, fused: bool
-) -> None:
-    weights = write(tmp_path / "sae", architecture)
-    folder = encoded("run", {"sae": {"dictionary": str(weights.folder), "fused": fused, "unit_tokens": 48}})
-    assert_close(dense(folder, "sae"), expected(weights, architecture, activations(folder)))
+def test_features_are_those_of_the_captured_activations(encoded: Encoded, tmp_path: Path) -> None:
+    """Of every architecture, encoded from what is stored and from a forward, each in a step of its own."""
+    weights = {name: write(tmp_path / name, name) for name in ("topk", "standard", "jumprelu")}
+    steps = {
+        f"{name}-{how}": {"dictionary": str(weights[name].folder), "fused": how == "fused", "unit_tokens": 48}
+        for name in weights
+        for how in ("stored", "fused")
+    }
+    folder = encoded("run", steps)
+    for step in steps:
+        architecture = step.split("-")[0]
+        assert_close(dense(folder, step), expected(weights[architecture], architecture, activations(folder)))
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
 def test_blocks_units_and_batches_do_not_change_a_feature(encoded: Encoded, tmp_path: Path, architecture: str) -> None:
     source = str(write(tmp_path / "sae", architecture).folder)
-    small = {"dictionary": source, "memory": 2**20, "unit_tokens": 16}
+    small = {"dictionary": source, "memory": 2**20, "unit_tokens": 32}
     folder = encoded(
         "run",
         {"whole": {"dictionary": source}, "small": small, "behind": {"dictionary": source, "fused": True, "batch": 3}},
