@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 from threading import Event
 
 from ..stages.encode import TRAINED
+from ..stages.train import Training
 from ..stores.errors import ForebayError, RecipeError, SchemaError, nearest
+from ..stores.ledger import read_json
+from ..stores.places import Place
 from ..stores.store import Store
 from ..stores.tree import run_stores
+from ..stores.untrusted import require_no_links
+from .claims import claimed
 from .exit_codes import COMPLETE, INTERRUPTED
 from .plan import default_folder, resolve_device
 from .progress import Progress
@@ -17,27 +22,41 @@ from .recipe import Recipe
 from .stopping import Stopped, stop_on_signals
 
 
-def index_features(folder: Path, progress: Progress, stop: Event) -> bool:
+def index_features(folder: Place, progress: Progress, stop: Event, wait: bool = True) -> bool:
     """Builds the indexes of the features in a step's folder that are not there. Whether all are: False if `stop` was
-    set before the end; what was done then is not lost.
+    set before the end; what was done then is not lost. Without `wait` those that another process is building are left
+    to it.
     """
+    return all(index_group(folder, one, progress, stop, wait) for one in unindexed(folder))
+
+
+def unindexed(folder: Place) -> list[str]:
+    """The groups of the features in a step's folder that have no index."""
     from ..stores.feature_rows import groups_of
 
     source = Store.open(folder)
-    return all(_is_indexed(source, one) or _built(folder, one, progress, stop) for one in groups_of(source))
+    return [one for one in groups_of(source) if not _is_indexed(source, one)]
 
 
-def are_indexed(folder: Path) -> bool:
+def are_indexed(folder: Place) -> bool:
     """Whether all the features in a step's folder have their indexes."""
-    from ..stores.feature_rows import groups_of
-
-    source = Store.open(folder)
-    return all(_is_indexed(source, one) for one in groups_of(source))
+    return not unindexed(folder)
 
 
-def is_trained(folder: Path, name: str) -> bool:
+def is_trained(folder: Place, name: str) -> bool:
     """Whether the dictionary of [train.NAME] is in a run's folder, whole."""
     return (folder / TRAINED / name / "cfg.json").exists()
+
+
+def _trained_before_growth(training: Training, folder: Place, name: str) -> bool:
+    """Whether the dictionary was trained, by these settings, on a run to which files were appended since. It stays."""
+    path = folder / TRAINED / name / "training.json"
+    if not is_trained(folder, name) or not path.exists():
+        return False
+    said, free = read_json(path), ("log_every", "checkpoint_every")
+    before = {one["fingerprint"] for store in run_stores(folder) for one in store.header.grown_from}
+    settings = {key: value for key, value in asdict(training).items() if key not in free}
+    return said["training"] == settings and not before.isdisjoint(said["source"]["stores"])
 
 
 def _is_indexed(source: Store, group: str) -> bool:
@@ -51,7 +70,17 @@ def _is_indexed(source: Store, group: str) -> bool:
     return True
 
 
-def _built(folder: Path, group: str, progress: Progress, stop: Event) -> bool:
+def index_group(folder: Place, group: str, progress: Progress, stop: Event, wait: bool = True) -> bool:
+    """Builds the index of one group, unless another process has done so meanwhile, or is at it and nothing waits for
+    it. False if `stop` was set before the end.
+    """
+    with claimed(claim_of(folder, f"index-{group}"), stop, progress.said, wait) as asked:
+        if asked is None:
+            return not stop.is_set()
+        return _is_indexed(Store.open(folder), group) or _built(folder, group, progress, asked)
+
+
+def _built(folder: Place, group: str, progress: Progress, stop: Event) -> bool:
     from ..stores.index_builder import Advance, build_index
 
     def advance(at: Advance) -> None:
@@ -66,7 +95,12 @@ def _built(folder: Path, group: str, progress: Progress, stop: Event) -> bool:
     return True
 
 
-def index_run(run: Path, name: str | None, progress: Progress) -> int:
+def claim_of(folder: Place, work: str) -> Place:
+    """Where a process says that it is at a piece of work in a folder."""
+    return folder / "claims" / f"{work.replace('/', '-')}.json"
+
+
+def index_run(run: Place, name: str | None, progress: Progress) -> int:
     """Builds, or mends, the index of the features in a run called `name` (those of a step, or of one of its
     dictionaries), or of all, and gives the exit code. SchemaError for a name that is not there.
     """
@@ -82,15 +116,31 @@ def index_run(run: Path, name: str | None, progress: Progress) -> int:
         )
     with stop_on_signals() as stop, progress:
         for folder, group in chosen:
-            if not _built(folder, group, progress, stop):
-                return INTERRUPTED
+            with claimed(claim_of(folder, f"index-{group}"), stop, progress.said) as asked:
+                if asked is None or not _built(folder, group, progress, asked):
+                    return INTERRUPTED
     return COMPLETE
 
 
-def train_in_run(recipe: Recipe, folder: Path, name: str, device: str, progress: Progress, stop: Event) -> bool:
+def train_in_run(
+    recipe: Recipe, folder: Place, name: str, device: str, progress: Progress, stop: Event, wait: bool = True
+) -> bool:
     """Trains the dictionary of [train.NAME] on the activations of the run in `folder`, or goes on with it. Whether it
-    is done: False if `stop` was set before the end.
+    is done: False if `stop` was set before the end. One process trains it at a time; without `wait` it is left to
+    another one that is at it.
     """
+    require_no_links(folder, folder / TRAINED / name / ".dictionary", folder / "claims")
+    if _trained_before_growth(recipe.training[name], folder, name):
+        return True
+    if is_trained(folder, name):
+        return _trained(recipe, folder, name, device, progress, stop)  # which checks that it is of these settings
+    with claimed(claim_of(folder, f"train-{name}"), stop, progress.said, wait) as asked:
+        if asked is None:
+            return not stop.is_set()
+        return _trained(recipe, folder, name, device, progress, asked)
+
+
+def _trained(recipe: Recipe, folder: Place, name: str, device: str, progress: Progress, stop: Event) -> bool:
     from ..stages.dictionaries.training import Metrics, train
     from ..stages.dictionaries.training import Stopped as TrainingStopped
 
@@ -110,7 +160,7 @@ def train_in_run(recipe: Recipe, folder: Path, name: str, device: str, progress:
     return True
 
 
-def train_recipe(recipe: Recipe, names: Sequence[str], to: Path | None, device: str, progress: Progress) -> int:
+def train_recipe(recipe: Recipe, names: Sequence[str], to: Place | None, device: str, progress: Progress) -> int:
     """Trains the dictionaries of a recipe, or those named, on what its run has captured, and gives the exit code.
 
     RecipeError for a name that has no table; what `train` raises.

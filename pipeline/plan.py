@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,20 +13,24 @@ from typing import Any, Protocol
 
 import xarray as xr
 
-from ..stages.capture import Capture
 from ..stages.encode import Encode
-from ..stages.models.points import HookPoint
 from ..stages.stage import Stage
 from ..stages.tokenize import Tokenize
-from ..stages.train import Training
+from ..stores.captures import joined_schema, read_captures
 from ..stores.documents import Documents
-from ..stores.errors import DiskFull, SchemaError, StoreNotFound, nearest
+from ..stores.errors import DiskFull, FingerprintMismatch, RecipeError, StoreNotFound
 from ..stores.fingerprint import canonical_json, fingerprint, sha256_files, versions
 from ..stores.grid import Unit
+from ..stores.growth import roll_forward
 from ..stores.ledger import Ledger, read_json, write_atomic
-from ..stores.schema import DATA, Schema
+from ..stores.object_paths import ObjectPath
+from ..stores.places import Place, free_space, place
+from ..stores.schema import Schema, holds_store
 from ..stores.store import Store, mismatch
 from ..stores.tree import read_rows
+from ..stores.untrusted import require_no_links
+from .captures import addition, check_kept_once, check_trainable
+from .foreign import require_same_corpus
 from .recipe import Recipe, read_recipe
 
 CountProgress = Callable[[int, int], None]
@@ -53,7 +56,7 @@ class Step:
     source_schema: Schema
     payload: Mapping[str, Any]
     fingerprint: str
-    folder: Path
+    folder: Place
 
     @property
     def ledger(self) -> Ledger:
@@ -66,23 +69,23 @@ class Step:
 
     def todo(self) -> list[Unit]:
         """Units without a record. Looks at the ledger only."""
-        done = self.ledger.done()
-        return [unit for unit in self.schema.grid if unit.index not in done]
+        return self.schema.grid.left(self.ledger.done())
 
     def open(self) -> Store:
         """The step's store, made if it is not there. FingerprintMismatch if another recipe made it."""
-        return Store.create(self.folder, self.schema, self.fingerprint, self._provenance)
+        return Store.create(self.folder, self.schema, self.fingerprint, self.provenance)
 
     @property
-    def _provenance(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         return {"determines": dict(self.payload), **self.stage.about(), "versions": versions()}
 
     def check_store(self) -> None:
         """FingerprintMismatch if there is a store that another recipe made."""
-        if (self.folder / DATA).exists():
+        if holds_store(self.folder):
             store = Store.open(self.folder)
             if store.fingerprint != self.fingerprint:
-                raise mismatch(store, self.fingerprint, self._provenance)
+                said = mismatch(store, self.fingerprint, self.provenance)
+                raise FingerprintMismatch(f"{said}{addition(self.stage, self.schema, self.payload, store)}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,17 @@ class StoreSource:
 
 
 @dataclass(frozen=True)
+class CapturesSource:
+    """Several finished captures of the same tokens as the source of the next step."""
+
+    stores: tuple[Store, ...]
+    schema: Schema
+
+    def read(self, span: slice) -> xr.Dataset:
+        return read_captures(self.stores, span)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe with one folder: steps in order, each with its geometry and fingerprint.
 
@@ -104,7 +118,7 @@ class Plan:
     """
 
     recipe: Recipe
-    folder: Path
+    folder: Place
     device: str
     documents: Documents
     steps: tuple[Step, ...]
@@ -118,28 +132,35 @@ class Plan:
         """What a step reads: the corpus, or the store of the step before it."""
         if step.stage.source is None:
             return self.documents
-        before = next(s for s in self.steps if s.stage.verb == step.stage.source)
-        return StoreSource(before.open(), before.schema)
+        stores = tuple(one.open() for one in steps_before(step.stage, self.steps))
+        if len(stores) == 1:
+            return StoreSource(stores[0], step.source_schema)
+        return CapturesSource(stores, step.source_schema)
 
-    def save(self) -> None:
-        """Writes recipe.json and tokenizer.json into the run's folder, unless they stand there."""
-        said = {
+    def said(self) -> dict[str, Any]:
+        """What recipe.json says of the run: the recipe, complete, with the fingerprint of every step."""
+        return {
             "recipe": self.recipe.to_json(),
             "device": self.device,
             "fingerprints": {s.stage.store: s.fingerprint for s in self.steps},
+            "versions": versions(),
         }
+
+    def save(self) -> None:
+        """Writes recipe.json and tokenizer.json into the run's folder, unless they stand there."""
+        said = self.said()
         path = self.folder / "recipe.json"
-        if not path.exists() or {k: v for k, v in read_json(path).items() if k != "versions"} != said:
-            write_atomic(path, canonical_json({**said, "versions": versions()}).encode())
-        if not (self.folder / "tokenizer.json").exists():
+        if not path.is_file() or {**read_json(path), "versions": said["versions"]} != said:
+            write_atomic(path, canonical_json(said).encode())
+        if not (self.folder / "tokenizer.json").is_file():
             tokenizer = self._tokenize.tokenizer(self.recipe.model.open())
             write_atomic(self.folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
 
     def check_space(self) -> None:
         """DiskFull if what is left to write is more than what is free, before anything is written."""
         left = sum(step.unit_bytes * len(step.todo()) for step in self.steps)
-        free = shutil.disk_usage(self.folder).free
-        if left > free:
+        free = free_space(self.folder)
+        if free is not None and left > free:
             raise DiskFull(
                 f"{self.folder} needs {left:,} more bytes (before compression), and {free:,} are free. Capture fewer "
                 "layers, choose "
@@ -152,11 +173,17 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, folder: Path, device: str, progress: CountProgress = lambda documents, characters: None
+    recipe: Recipe,
+    folder: Place,
+    device: str,
+    progress: CountProgress = lambda documents, characters: None,
+    *,
+    continues: Documents | None = None,
 ) -> Plan:
     """Checks the whole chain and fixes geometry and fingerprints.
 
-    Reads the corpus once, to count its tokens, and keeps the counts.
+    Reads the corpus once, to count its tokens, and keeps the counts. Where it `continues` a shorter one, those of the
+    latter are taken, and the stores that were made of it are not refused.
 
     Raises every refusal there is: of the corpus, the model, the hook names, the geometry, a store made by another
     recipe.
@@ -168,10 +195,21 @@ def make_plan(
     for stage in stages:
         stage.check()
     for name, training in recipe.training.items():
+        if isinstance(folder, ObjectPath):
+            raise RecipeError(
+                f"train.{name}: a dictionary is trained into a folder of this machine, and {folder} is none. Run the "
+                "recipe there without this table, train from it by forebay.stages.dictionaries.training.train, and "
+                f"name the folder that it gives as `dictionary` of [encode.{name}]"
+            )
         training.check()
-        _check_kept(name, training, stages)
+        check_trainable(name, training, stages)
+    check_kept_once(stages)
     paths = recipe.corpus.paths()
     folder.mkdir(parents=True, exist_ok=True)
+    require_no_links(
+        folder, *(folder / stage.store for stage in placed), folder / tokenize.store / "counts", folder / "claims"
+    )
+    roll_forward(folder)
     hashes = sha256_files(paths, folder / "files.json")
     corpus = {
         "files": {f"{i:06d} {os.path.relpath(path, recipe.corpus.root)}": hashes[path] for i, path in enumerate(paths)},
@@ -181,30 +219,28 @@ def make_plan(
         "parse_special": tokenize.parse_special,
     }
     documents = Documents(recipe.corpus, folder / tokenize.store / "counts", fingerprint(corpus))
+    if continues:
+        documents.continues(continues)
     documents.count(tokenize.counter(), progress)
     steps: list[Step] = []
     for stage in stages:
-        before = next((step for step in steps if step.stage.verb == stage.source), None)
-        source = before.schema if before else documents.schema
-        upstream = before.fingerprint if before else corpus
+        before = steps_before(stage, steps)
+        source = joined_schema([step.schema for step in before]) if before else documents.schema
+        read = {step.stage.store: step.fingerprint for step in before}
+        upstream = corpus if not before else before[0].fingerprint if len(before) == 1 else read
         steps.append(_step(stage, source, upstream, folder, device))
-        steps[-1].check_store()
+        if continues is None:
+            steps[-1].check_store()
     return Plan(recipe, folder, device, documents, tuple(steps), waiting)
 
 
-def _check_kept(name: str, training: Training, stages: Sequence[Stage]) -> None:
-    """SchemaError unless the recipe captures what a dictionary is trained on."""
-    capture = next((stage for stage in stages if isinstance(stage, Capture)), None)
-    kept = [str(point) for point in capture.captured] if capture else []
-    for hook in (training.hook, training.hook_out):
-        if hook is not None and str(HookPoint.parse(hook)) not in kept:
-            raise SchemaError(
-                f"train.{name} needs the activations of {hook}, which the recipe does not capture."
-                f"{nearest(hook, kept)} Add it to capture.hooks"
-            )
+def steps_before(stage: Stage, steps: Sequence[Step]) -> list[Step]:
+    """The steps whose stores a stage reads: one, but for features of what several captures keep; none: the corpus."""
+    held = {step.stage.store: step for step in steps if step.stage.verb == stage.source}
+    return [held[name] for name in stage.read_from({name: step.schema for name, step in held.items()})]
 
 
-def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: Path, device: str) -> Step:
+def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: Place, device: str) -> Step:
     schema = stage.schema(source)
     hashes = sha256_files(stage.files(), folder / "files.json")
     payload = {
@@ -221,7 +257,7 @@ def _step(stage: Stage, source: Schema, upstream: str | dict[str, Any], folder: 
     return Step(stage, schema, source, payload, fingerprint(payload), folder / stage.store)
 
 
-def plan(recipe: str | Path | Recipe, folder: str | Path | None = None, *, device: str = "auto") -> Plan:
+def plan(recipe: str | Path | Recipe, folder: str | Place | None = None, *, device: str = "auto") -> Plan:
     """The plan of a recipe in `folder` (by default runs/<recipe's name>): every schema, fingerprint and refusal, and
     nothing computed.
     """
@@ -229,19 +265,22 @@ def plan(recipe: str | Path | Recipe, folder: str | Path | None = None, *, devic
     return make_plan(recipe, default_folder(recipe, folder), resolve_device(device))
 
 
-def load_plan(folder: Path, device: str) -> Plan:
+def load_plan(folder: Place, device: str) -> Plan:
     """The plan of a run that is there, from its recipe.json. StoreNotFound if the folder is no run."""
     path = folder / "recipe.json"
     if not path.is_file():
         raise StoreNotFound(
             f"{folder} is no run: it has no recipe.json. Start one with `forebay run RECIPE --to {folder}`"
         )
-    return make_plan(Recipe.from_json(read_json(path)["recipe"]), folder, device)
+    roll_forward(folder)  # a run that was killed while it was made longer has a recipe that is longer, too
+    recipe = Recipe.from_json(read_json(path).get("recipe"))
+    require_same_corpus(recipe, folder)
+    return make_plan(recipe, folder, device)
 
 
-def default_folder(recipe: Recipe, folder: str | Path | None) -> Path:
+def default_folder(recipe: Recipe, folder: str | Place | None) -> Place:
     """Where a recipe's run lies if nothing else is said: runs/<name> in the current folder."""
-    return Path(folder) if folder is not None else Path("runs") / recipe.name
+    return place(folder) if folder is not None else Path("runs") / recipe.name
 
 
 def resolve_device(device: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +13,8 @@ from rich.progress import Progress as Bars
 
 from ..stores.grid import Unit
 from ..stores.ledger import Record
+from ..stores.places import Place
+from .report.printable import printable
 
 
 class Progress(ABC):
@@ -25,6 +26,10 @@ class Progress(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        return None
+
+    def said(self, text: str) -> None:
+        """Something that a person who waits will want to know."""
         return None
 
     @abstractmethod
@@ -44,7 +49,7 @@ class Progress(ABC):
         """A unit is on disk and recorded."""
 
     @abstractmethod
-    def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
+    def failed(self, unit: Unit, error: BaseException, path: Place) -> None:
         """A unit failed; its traceback stands in a record at `path`."""
 
     @abstractmethod
@@ -59,7 +64,7 @@ class Quiet(Progress):
     def start(self, step: str, n_token: int, done: int) -> None: ...
     def advance(self, tokens: int) -> None: ...
     def recorded(self, unit: Unit, record: Record) -> None: ...
-    def failed(self, unit: Unit, error: BaseException, path: Path) -> None: ...
+    def failed(self, unit: Unit, error: BaseException, path: Place) -> None: ...
     def working(self, what: str, done: int, total: int, said: str) -> None: ...
 
 
@@ -86,7 +91,10 @@ class Lines(Progress):
     between = 10.0
 
     def __init__(self, console: Console) -> None:
-        self.console, self.step, self.rate, self.said = console, "", Rate(0, 0), time.monotonic()
+        self.console, self.step, self.rate, self.spoke = console, "", Rate(0, 0), time.monotonic()
+
+    def said(self, text: str) -> None:
+        self._say(text)
 
     def counted(self, documents: int, characters: int) -> None:
         self._say(f"corpus: counted {documents:,} documents, {characters:,} characters")
@@ -97,7 +105,7 @@ class Lines(Progress):
 
     def advance(self, tokens: int) -> None:
         self.rate.fresh += tokens
-        if time.monotonic() - self.said > self.every:
+        if time.monotonic() - self.spoke > self.every:
             self._say(self._state())
 
     def recorded(self, unit: Unit, record: Record) -> None:
@@ -106,11 +114,11 @@ class Lines(Progress):
             f"{record['seconds']['write']:.1f} s"
         )
 
-    def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
-        self._say(f"{self.step}: unit {unit.index} FAILED: {error} (traceback in {path})")
+    def failed(self, unit: Unit, error: BaseException, path: Place) -> None:
+        self._say(f"{self.step}: unit {unit.index} FAILED: {printable(error)} (traceback in {path})")
 
     def working(self, what: str, done: int, total: int, said: str) -> None:
-        if done >= total or time.monotonic() - self.said > self.between:
+        if done >= total or time.monotonic() - self.spoke > self.between:
             self._say(f"{what}: {done:,} of {total:,}" + (f", {said}" if said else ""))
 
     def _state(self) -> str:
@@ -120,8 +128,8 @@ class Lines(Progress):
         return f"{self.step}: {done:,} of {self.rate.n_token:,} tokens, {speed:,.0f} tokens/s{eta}"
 
     def _say(self, text: str) -> None:
-        self.said = time.monotonic()
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.spoke = time.monotonic()
+        self.console.print(printable(text, lines=True), highlight=False, markup=False, soft_wrap=True)
 
 
 class Terminal(Progress):
@@ -150,6 +158,9 @@ class Terminal(Progress):
     ) -> None:
         self.bars.stop()
 
+    def said(self, text: str) -> None:
+        self.bars.console.print(printable(text, lines=True), highlight=False, markup=False)
+
     def counted(self, documents: int, characters: int) -> None:
         if self.counting is None:
             self.counting = self.bars.add_task("corpus", total=None, rate="")
@@ -170,9 +181,9 @@ class Terminal(Progress):
 
     def recorded(self, unit: Unit, record: Record) -> None: ...
 
-    def failed(self, unit: Unit, error: BaseException, path: Path) -> None:
+    def failed(self, unit: Unit, error: BaseException, path: Place) -> None:
         self.bars.console.print(
-            f"unit {unit.index} FAILED: {error} (traceback in {path})", highlight=False, markup=False
+            f"unit {unit.index} FAILED: {printable(error)} (traceback in {path})", highlight=False, markup=False
         )
 
     def working(self, what: str, done: int, total: int, said: str) -> None:

@@ -20,13 +20,15 @@ from ..stages.tokenize import ModelSource, Tokenize
 from ..stages.train import Training
 from ..stores.corpus import Corpus
 from ..stores.errors import RecipeError, nearest
-
-STAGES: dict[str, type[Stage]] = {stage.verb: stage for stage in (Tokenize, Capture, Encode)}
-"""Every step a recipe may have, in the order in which they run."""
+from ..stores.untrusted import is_name
 
 TRAIN = "train"
+MOST_RECIPE_BYTES = 2**24
+MOST_DEPTH = 8
+MOST_NUMBER = 2**53
+MOST_THREADS = 4096
 NAMED = (TRAIN, Encode.verb)
-"""Tables that hold a table for each name, as in [encode.NAME]."""
+"""Tables that hold a table for each name, as in [encode.NAME]. [capture] may have keys of its own beside them."""
 TABLES = ("corpus", "model", "tokenize", "capture", *NAMED)
 GIVEN = ("model", "name", "run")
 """Fields of steps that no table sets."""
@@ -49,10 +51,11 @@ class Recipe:
         steps: dict[str, Any] = {}
         for stage in self.stages:
             table = {k: v for k, v in stage.parameters().items() if k not in GIVEN}
-            if isinstance(stage, Encode):
-                steps.setdefault(stage.verb, {})[stage.name] = table
+            named = stage.name if isinstance(stage, Encode | Capture) else None
+            if named is not None:
+                steps.setdefault(stage.verb, {})[named] = table
             else:
-                steps[stage.verb] = table
+                steps.setdefault(stage.verb, {}).update(table)
         if self.training:
             steps[TRAIN] = {name: dataclasses.asdict(one) for name, one in self.training.items()}
         value = {
@@ -64,8 +67,11 @@ class Recipe:
         return json.loads(json.dumps(value))  # type: ignore[no-any-return]
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
-        """The recipe that `to_json` wrote, as it stands in a run's recipe.json."""
+    def from_json(cls, value: Any) -> Recipe:
+        """The recipe that `to_json` wrote, as it stands in a run's recipe.json. RecipeError for anything else."""
+        said = value.get("corpus") if isinstance(value, Mapping) else None
+        if not isinstance(said, Mapping) or not all(isinstance(n, str) for n in (said.get("root"), value.get("name"))):
+            raise RecipeError("recipe.json holds no recipe as `forebay run` writes it: it is damaged")
         tables = {name: table for name, table in value.items() if name in TABLES}
         corpus = {key: entry for key, entry in value["corpus"].items() if key != "root"}
         folder = Path(value["corpus"]["root"])
@@ -79,6 +85,8 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
+        if path.is_file() and path.stat().st_size > MOST_RECIPE_BYTES:
+            raise RecipeError(f"{path} is larger than {MOST_RECIPE_BYTES:,} bytes, as no recipe is")
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe at {path}. docs/recipes.md shows how to write one") from None
@@ -88,7 +96,9 @@ def read_recipe(path: str | Path) -> Recipe:
         ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 at byte {error.start}; TOML files are") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits, of tables too deep
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     return parse(tables, name=path.stem, folder=path.resolve().parent, file=str(path))
 
@@ -98,6 +108,8 @@ def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> R
 
     Unknown tables and keys, missing ones and wrong types are refused by name.
     """
+    for fault in _faults(tables, 0):
+        raise RecipeError(f"{file} {fault}")
     _refuse_unknown(tables, TABLES, f"{file}: [{{}}] is not a table of a recipe")
     for table, content in tables.items():
         if not isinstance(content, Mapping):
@@ -112,14 +124,23 @@ def parse(tables: Mapping[str, Any], *, name: str, folder: Path, file: str) -> R
     model = _build(ModelSource, _locate(tables["model"], folder, "source"), "model", file)
     training = {name: _build(Training, one, f"train.{name}", file) for name, one in _named(tables, TRAIN, file).items()}
     stages = (
-        *(
-            _build(STAGES[verb], tables[verb], verb, file, model=dataclasses.asdict(model))
-            for verb in STAGES
-            if verb in tables and verb not in NAMED
-        ),
+        _build(Tokenize, tables[Tokenize.verb], Tokenize.verb, file, model=dataclasses.asdict(model)),
+        *_captures(tables, model, file),
         *_encodes(tables, model, training, folder, file),
     )
     return Recipe(name=name, corpus=corpus, model=model, stages=stages, training=training)
+
+
+def _captures(tables: Mapping[str, Any], model: ModelSource, file: str) -> Iterator[Stage]:
+    """The step of [capture], unless it holds nothing but named tables, and one for each [capture.NAME]."""
+    verb, given = Capture.verb, {"model": dataclasses.asdict(model)}
+    table: Mapping[str, Any] = tables.get(verb, {})
+    fields = [field.name for field in dataclasses.fields(Capture)]
+    own = {key: value for key, value in table.items() if key in fields or not isinstance(value, Mapping)}
+    if own or (verb in tables and not table):
+        yield _build(Capture, own, verb, file, **given, name=None)
+    for name, one in _named({verb: {k: v for k, v in table.items() if k not in own}}, verb, file).items():
+        yield _build(Capture, one, f"{verb}.{name}", file, **given, name=name)
 
 
 def _encodes(
@@ -127,6 +148,12 @@ def _encodes(
 ) -> Iterator[Stage]:
     for name, table in _named(tables, Encode.verb, file).items():
         given = {"model": dataclasses.asdict(model), "name": name, "run": None}
+        many = table.get("dictionary")
+        if wrong := [key for key in many if not is_name(key)] if isinstance(many, Mapping) else []:
+            raise RecipeError(
+                f"{file}: [encode.{name}] calls a dictionary {wrong[0]!r:.99}, which cannot be the name of a group: "
+                "use letters, digits, _ and -"
+            )
         stage = _build(Encode, _locate(table, folder, "dictionary"), f"encode.{name}", file, **given)
         if stage.dictionary is None and name not in training:
             raise RecipeError(
@@ -147,8 +174,10 @@ def _named(tables: Mapping[str, Any], kind: str, file: str) -> Mapping[str, Any]
     for name, table in found.items():
         if not isinstance(table, Mapping):
             raise RecipeError(f"{file}: [{kind}] holds a table for each name: write [{kind}.NAME] above {name!r}")
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
-            raise RecipeError(f"{file}: [{kind}.{name}]: a name consists of letters, digits, _ and -")
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name):
+            raise RecipeError(
+                f"{file}: [{kind}.{name}]: a name consists of letters, digits, _ and -, at most a hundred"
+            )
     return found
 
 
@@ -184,6 +213,25 @@ def _build(cls: type[Any], values: Mapping[str, Any], table: str, file: str, **g
         raise RecipeError(f"{file}: [{table}] is not usable:\n" + "\n".join(lines)) from None
     except TypeError as error:
         raise RecipeError(f"{file}: [{table}] holds a value that a recipe cannot ({error})") from error
+
+
+def _faults(value: Any, depth: int) -> Iterator[str]:
+    """What no recipe holds, whoever wrote it: tables in tables without end, numbers that no array could have."""
+    if depth > MOST_DEPTH:
+        yield f"has tables or arrays more than {MOST_DEPTH} deep"
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if key == "threads" and isinstance(one, int) and one > MOST_THREADS:
+                yield f"asks for {one} threads; at most {MOST_THREADS:,} are started"
+            yield from _faults(key, depth + 1)
+            yield from _faults(one, depth + 1)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _faults(one, depth + 1)
+    elif isinstance(value, int) and abs(value) > MOST_NUMBER:
+        yield f"holds the number {str(value)[:40]}; none is beyond {MOST_NUMBER:,}"
+    elif isinstance(value, str) and "\0" in value:
+        yield f"holds the text {value[:40]!r} with a null character"
 
 
 def _given(found: Mapping[str, Any]) -> str:

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from threading import Event
 from types import FrameType
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""Ctrl-C; what schedulers send before they kill; a terminal that is closed; what schedulers can be told to send early.
+"""
+STOPPING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class Stopped(Exception):
@@ -17,8 +20,10 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_on_signals() -> Iterator[Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set, once; a second one interrupts at once. Outside the main thread,
-    never set.
+    """An event that any of `STOPPING` sets, once; a second signal interrupts at once. Outside the main thread, never
+    set.
+
+    SIGHUP stays ignored where it is, as under nohup: such a run is meant to outlive its terminal.
     """
     stop = Event()
 
@@ -30,7 +35,8 @@ def stop_on_signals() -> Iterator[Event]:
     former: dict[signal.Signals, Callable[..., object] | int | None] = {}
     try:
         for number in STOPPING:
-            former[number] = signal.signal(number, ask)
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                former[number] = signal.signal(number, ask)
     except ValueError:
         # Only the main thread may handle signals; a run started elsewhere is stopped by whoever started it.
         former.clear()

@@ -17,6 +17,7 @@ from ..stores.batches import Batches
 from ..stores.errors import SchemaError, nearest
 from ..stores.feature_rows import KIND, groups_of
 from ..stores.features import Features
+from ..stores.places import Place, changed_at, place
 from ..stores.store import Store
 from ..stores.tree import run_stores
 from .models.points import HookPoint
@@ -37,13 +38,22 @@ class BatchesAccessor:
         self._tree = tree
 
     def __call__(self, hooks: str | Sequence[str], **settings: Any) -> Batches:
-        if "source" not in self._tree.encoding:
-            raise SchemaError("this tree does not say where its run lies: ask for batches of what `open_run` gives")
+        run = _run_of(self._tree, "batches")
         names = (hooks,) if isinstance(hooks, str) else hooks
         found = tuple(str(HookPoint.parse(name)) for name in names)
-        return Batches(
-            run=self._tree.encoding["source"], hooks=found[0] if isinstance(hooks, str) else found, **settings
+        return Batches(run=run, hooks=found[0] if isinstance(hooks, str) else found, **settings)
+
+
+def _run_of(tree: xr.DataTree, what: str) -> Place:
+    """The folder of a tree's run. SchemaError where it has none, or several."""
+    if several := tree.encoding.get("sources"):
+        raise SchemaError(
+            f"{what} are asked of one run, and this tree is of several runs: ask {several[0]} and the others one by "
+            "one, or write them into one with `forebay concat`"
         )
+    if "source" not in tree.encoding:
+        raise SchemaError(f"this tree does not say where its run lies: ask for {what} of what `open_run` gives")
+    return place(tree.encoding["source"])
 
 
 @xr.register_datatree_accessor("features")  # type: ignore[no-untyped-call]
@@ -60,10 +70,8 @@ class FeaturesAccessor:
         self._opened: dict[str, Features] = {}
 
     @cached_property
-    def _run(self) -> Path:
-        if "source" not in self._tree.encoding:
-            raise SchemaError("this tree does not say where its run lies: ask for features of what `open_run` gives")
-        return Path(self._tree.encoding["source"])
+    def _run(self) -> Place:
+        return _run_of(self._tree, "features")
 
     @cached_property
     def _stores(self) -> dict[str, Store]:
@@ -85,7 +93,7 @@ class FeaturesAccessor:
         if name not in self._opened:
             tokens = next((store for store in run_stores(self._run) if store.schema.kind == "tokens"), None)
             path = self._run / "tokenizer.json"
-            decode = Decoder(path) if path.exists() else None
+            decode = Decoder(path) if path.is_file() else None
             self._opened[name] = Features.open(self._stores[name], name, tokens, decode)
         return self._opened[name]
 
@@ -105,7 +113,7 @@ class StrTokensAccessor:
 
     def __call__(self, token_ids: Sequence[int] | NDArray[Any]) -> list[str]:
         source = self._tree.encoding.get("source")
-        if source is None or not (path := Path(source) / "tokenizer.json").exists():
+        if source is None or not (path := place(source) / "tokenizer.json").is_file():
             raise SchemaError("token ids become text by a run's tokenizer.json, and this tree has none")
         return Decoder(path)([[int(one)] for one in token_ids])
 
@@ -114,22 +122,22 @@ class StrTokensAccessor:
 class Decoder:
     """Token ids into text by a run's tokenizer.json, which is read when the first text is asked for. Picklable."""
 
-    path: Path
+    path: Place
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row as it reads behind another token: some decoders take the space off the first token of a
         text. Bytes that are no UTF-8 become U+FFFD.
         """
-        tokenizer, before = _tokenizer(self.path, self.path.stat().st_mtime_ns)
+        tokenizer, before = _tokenizer(self.path, changed_at(self.path))
         prefix = tokenizer.decode(before, skip_special_tokens=False)
         texts = tokenizer.decode_batch([[*before, *row] for row in rows], skip_special_tokens=False)
         return [text.removeprefix(prefix) for text in texts]
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, list[int]]:
+def _tokenizer(path: Place, changed: int) -> tuple[Tokenizer, list[int]]:
     """A tokenizer, and the last token of a text for others to stand behind. Vocabularies take a while to read."""
     from .models.tokenizer_json import read_tokenizer
 
-    tokenizer = read_tokenizer(path)
+    tokenizer = read_tokenizer(path if isinstance(path, Path) else path.read_text())
     return tokenizer, list(tokenizer.encode("a", add_special_tokens=False).ids[-1:])

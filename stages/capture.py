@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 from ..stores.dtypes import format_of
 from ..stores.errors import SchemaError
 from ..stores.grid import Unit
-from ..stores.schema import LABELS, Array, Schema, along_sequence, along_token, unit_tokens_for
+from ..stores.schema import (
+    LABELS,
+    Array,
+    Schema,
+    along_sequence,
+    along_token,
+    sequences_per_unit,
+    unit_tokens_for,
+)
 from .models.points import BLOCK, STATE, HookPoint, dims_of, expand
 from .models.spec import ModelSpec
-from .sequences import Batch, batches_of, sequences_per_unit, sequences_span
+from .sequences import Batch, batches_of, sequences_span
 from .stage import Apply, Stage, product_numerics
 from .storing import Dtype, cast, on_host, square_sum
 from .tokenize import ModelSource
@@ -41,13 +49,14 @@ class Capture(Stage):
     numbers count from the sequence's own end. Where a sequence is too short for one there is NaN.
 
     Batches are cut from the sequences that touch the unit, in their order, so that a unit's values never depend on who
-    computes it.
+    computes it. `name` is that of a table [capture.NAME], which has a store of its own; it determines no value.
     """
 
     verb: ClassVar[str] = "capture"
     version: ClassVar[int] = 2
-    told_elsewhere: ClassVar[frozenset[str]] = frozenset({"model", "threads"})
+    told_elsewhere: ClassVar[frozenset[str]] = frozenset({"name", "model", "threads"})
 
+    name: str | None = None
     model: ModelSource
     hooks: tuple[str, ...]
     dtype: Dtype = "float32"
@@ -60,7 +69,12 @@ class Capture(Stage):
 
     @property
     def store(self) -> str:
-        return "activations"
+        return "activations" if self.name is None else f"activations-{self.name}"
+
+    @property
+    def table(self) -> str:
+        """The recipe's table, for messages."""
+        return self.verb if self.name is None else f"{self.verb}.{self.name}"
 
     @property
     def source(self) -> str | None:
@@ -68,24 +82,24 @@ class Capture(Stage):
 
     def check(self) -> None:
         if self.batch < 1:
-            raise SchemaError(f"capture.batch = {self.batch} must be at least 1")
+            raise SchemaError(f"{self.table}.batch = {self.batch} must be at least 1")
         if self.threads is not None and self.threads < 1:
-            raise SchemaError(f"capture.threads = {self.threads} must be at least 1")
+            raise SchemaError(f"{self.table}.threads = {self.threads} must be at least 1")
         if not self.hooks:
             raise SchemaError(
-                'capture.hooks is empty: name at least one hook point, for example "blocks.*.hook_resid_post"'
+                f'{self.table}.hooks is empty: name at least one hook point, for example "blocks.*.hook_resid_post"'
             )
         if self.unit_tokens is not None and self.unit_tokens < 1:
-            raise SchemaError(f"capture.unit_tokens = {self.unit_tokens} must be at least 1")
+            raise SchemaError(f"{self.table}.unit_tokens = {self.unit_tokens} must be at least 1")
         self._check_positions(self.points(self.model.open().spec))
 
     def _check_positions(self, kinds: Mapping[str, object]) -> None:
         asked = list(self.state_positions)
         if not asked or len(set(asked)) < len(asked):
-            raise SchemaError(f"capture.state_positions = {asked} names no position, or one of them twice")
+            raise SchemaError(f"{self.table}.state_positions = {asked} names no position, or one of them twice")
         if STATE not in kinds and self.state_positions != (-1,):
             raise SchemaError(
-                f"capture.state_positions = {asked} says after which tokens states are kept, and capture.hooks names "
+                f"{self.table}.state_positions = {asked} says after which tokens states are kept, and its hooks name "
                 f'none: add "blocks.*.{STATE}" to them (models of RWKV have it), or leave state_positions out'
             )
 
@@ -168,8 +182,8 @@ class Capture(Stage):
         for position in self.state_positions:
             if not -longest <= position < longest:
                 raise SchemaError(
-                    f"capture.state_positions: no sequence has a state after its token {position}; the longest has "
-                    f"{longest} tokens, so 0 to {longest - 1} or, from the end, -{longest} to -1"
+                    f"{self.table}.state_positions: no sequence has a state after its token {position}; the longest "
+                    f"has {longest} tokens, so 0 to {longest - 1} or, from the end, -{longest} to -1"
                 )
 
     def _unit_tokens(self, kinds: Iterable[str], sizes: Mapping[str, int], context: int) -> int:
@@ -208,7 +222,7 @@ class Capture(Stage):
 
         def sink(point: HookPoint, tensor: torch.Tensor) -> None:
             values = batch.own_rows(tensor, own.arrays[f"{point.kind}/value"])
-            stored, found = _store(values, self.store_dtype, point)
+            stored, found = _store(values, self.store_dtype, point, f"{self.table}.store_dtype")
             kept[point.kind].append(stored)
             for name, value in found.items():
                 statistics[point.kind][name].append(value)
@@ -254,6 +268,16 @@ class Capture(Stage):
             spread(point, torch.empty(shape))
 
 
+def stored_points(schema: Schema) -> list[str]:
+    """The hook points that a schema of activations, with its labels, has."""
+    found = []
+    for path in schema.arrays:
+        kind = path.rpartition("/")[0]
+        layers = schema.labels.get(f"{kind}/layer")
+        found += [kind] if layers is None else [f"blocks.{layer}.{kind}" for layer in layers[1]]
+    return found
+
+
 def stored_dims(kind: str) -> tuple[str, ...]:
     """Dimensions of a kind of hook point in a store: `token` where one forward has `sequence` and `position`, layers in
     front.
@@ -273,9 +297,9 @@ def _values_a_token(kind: str, sizes: Mapping[str, int]) -> int:
     return 1 if kind.startswith("attn.") else -(-width * sizes["sequence"] // sizes["token"])
 
 
-def _store(values: torch.Tensor, dtype: Dtype, point: HookPoint) -> tuple[NDArray[Any], dict[str, float]]:
+def _store(values: torch.Tensor, dtype: Dtype, point: HookPoint, key: str) -> tuple[NDArray[Any], dict[str, float]]:
     """Values as they are kept, on the host, and what is recorded of them. SchemaError if one does not fit the dtype."""
-    stored = cast(values, dtype, str(point), "capture.store_dtype")
+    stored = cast(values, dtype, str(point), key)
     # Of what is finite: a masked attention score is minus infinity, and a record could not say so in JSON.
     found = values.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     lossy = values.dtype != stored.dtype

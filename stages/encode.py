@@ -13,6 +13,7 @@ import numpy as np
 
 from ..stores.errors import SchemaError, nearest
 from ..stores.grid import Unit
+from ..stores.places import Place, place
 from ..stores.schema import LABELS, Array, Schema, along_token, along_unit, unit_tokens_for
 from .models.points import HookPoint
 from .sequences import batches_of, sequences_span
@@ -81,9 +82,9 @@ class Encode(Stage):
         return "tokenize" if self.fused else "capture"
 
     @property
-    def trained(self) -> Path | None:
+    def trained(self) -> Place | None:
         """The folder of the dictionary that is trained in this run, where that is the one to encode with."""
-        return Path(self.run or ".") / TRAINED / self.name if self.dictionary is None else None
+        return place(self.run or ".") / TRAINED / self.name if self.dictionary is None else None
 
     @property
     def ready(self) -> bool:
@@ -123,6 +124,18 @@ class Encode(Stage):
                     f"{nearest(site.hook, points)} Say where it reads with `hook`, or choose another dictionary"
                 )
             _check_width(self.name, site, point, sizes)
+
+    def read_from(self, held: Mapping[str, Schema]) -> tuple[str, ...]:
+        """The captures that keep a hook point that a dictionary reads; all of them where one is not kept at all.
+
+        What a dictionary predicts is compared where one of these has it: a capture that comes later changes nothing.
+        """
+        if self.fused:
+            return tuple(held)
+        hooks = {site.hook for site in self.sites}
+        keep = {name: hooks.intersection(captured_points(schema)) for name, schema in held.items()}
+        missing = hooks.difference(*keep.values())
+        return tuple(name for name, kept in keep.items() if kept or missing)
 
     def schema(self, source: Schema) -> Schema:
         """One group a dictionary: `feature` and `value` [token, rank], or `count` [token] and, ragged, `feature` and

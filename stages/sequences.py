@@ -110,11 +110,3 @@ def sequences_span(unit: Unit, source: Schema) -> slice:
 def touching(starts: NDArray[np.int64], unit: Unit) -> tuple[int, int]:
     """The sequences [first, beyond) that have tokens in the unit."""
     return int(np.searchsorted(starts, unit.start, "right")) - 1, int(np.searchsorted(starts, unit.stop, "left"))
-
-
-def sequences_per_unit(starts: NDArray[np.int64], n_token: int, unit_tokens: int) -> int:
-    """Sequences in a shard: as many as start in every unit, if that is the same for all but the last; else one."""
-    edges = np.arange(0, n_token + unit_tokens, unit_tokens)
-    counts = np.diff(np.searchsorted(starts, edges))
-    full = counts[:-1] if len(counts) > 1 else counts
-    return int(full[0]) if len(full) and (full == full[0]).all() and counts[-1] <= full[0] and full[0] > 0 else 1

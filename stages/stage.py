@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,6 +54,10 @@ class Stage(ABC):
     @abstractmethod
     def source(self) -> str | None:
         """The verb of the step that this one reads; None: the corpus."""
+
+    def read_from(self, held: Mapping[str, Schema]) -> tuple[str, ...]:
+        """Which of the stores that steps of the verb `source` make are read, by name: all of them."""
+        return tuple(held)
 
     @abstractmethod
     def check(self) -> None:

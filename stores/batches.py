@@ -7,11 +7,11 @@ order, and mixed in memory, which is a hundred times faster and mixes as well wh
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from .chunks import Chunks
 from .dtypes import format_of
-from .errors import IncompleteStore, SchemaError, StoreNotFound, nearest
+from .errors import SchemaError, StoreNotFound, nearest
 from .fingerprint import fingerprint
-from .schema import DATA, Array
+from .places import Place, place
+from .schema import Array, holds_store
 from .store import Store
 from .tree import run_stores
 
@@ -57,7 +58,7 @@ class Batches:
     IncompleteStore; CorruptStore while reading.
     """
 
-    run: Path
+    run: str | os.PathLike[str]
     hooks: str | tuple[str, ...]
     batch: int = 4096
     seed: int = 0
@@ -79,7 +80,7 @@ class Batches:
                 raise SchemaError(f"batches: {name} = {value} must be at least {smallest}")
         if self.dtype not in ("float32", "stored"):
             raise SchemaError(f'batches: dtype = {self.dtype!r} must be "float32" or "stored"')
-        object.__setattr__(self, "_columns", tuple(_find(Path(self.run), self.names)))
+        object.__setattr__(self, "_columns", tuple(_find(place(self.run), self.names)))
         if not self.n_batch:
             raise SchemaError(
                 f"{self.run}: {self.n_token:,} tokens are left, which make no batch of {self.batch:,}. Choose more "
@@ -310,15 +311,16 @@ class _Column:
                 part[...] = found
 
 
-def _find(run: Path, names: Sequence[str]) -> Iterator[_Column]:
+def _find(run: Place, names: Sequence[str]) -> Iterator[_Column]:
     """The arrays of hook points, all with the same tokens."""
-    stores = [Store.open(run)] if (run / DATA).exists() else list(run_stores(run))
+    stores = [Store.open(run)] if holds_store(run) else list(run_stores(run))
     stores = [store for store in stores if store.schema.kind == "activations"]
     if not stores:
         raise StoreNotFound(f"{run} holds no store of activations. Give the folder of a run that has captured some")
     if not names:
         raise SchemaError(f'{run}: name at least one hook point, for example "blocks.0.hook_resid_post"')
-    places = {name: column for store in stores for name, column in _points(store)}
+    # Of captures that keep one point, which only a folder of several recipes can have, the first one's.
+    places = {name: column for store in reversed(stores) for name, column in _points(store)}
     first: _Column | None = None
     for name in names:
         if name not in places:
@@ -356,12 +358,7 @@ def _check(name: str, column: _Column, first: _Column | None) -> None:
             f"{column.store.path.parent}: {name} lies along {', '.join(column.array.dims)}, without a token axis: "
             "attention patterns and recurrent states have no rows to make batches of"
         )
-    if todo := column.store.todo():
-        n_unit = len(column.store.schema.grid)
-        raise IncompleteStore(
-            f"{column.store.path.parent} is incomplete: {n_unit - len(todo)} of {n_unit} units are recorded. Run its "
-            "recipe again to finish it"
-        )
+    column.store.require_complete()
     if first and not all(np.array_equal(column.tokens[n], first.tokens[n]) for n in range(3)):
         raise SchemaError(
             f"{name} of {column.store.path.parent} has other tokens than {first.path} of {first.store.path.parent}: "

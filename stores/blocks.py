@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from . import streams
 from .errors import CorpusError, nearest
 
-_LINE_LIMIT = 1 << 30  # a longer line is a file in another format; reading on would fill the memory
+_LINE_LIMIT = 1 << 30  # a longer line, or document, is a file in another format; reading on would fill the memory
+_AT_ONCE = 1 << 24
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -187,7 +188,12 @@ def _cut_lines(stream: streams.Stream, n_byte: int) -> bytes:
 
 
 def _cut_whole(stream: streams.Stream, n_byte: int) -> bytes:
-    return stream.read(-1)
+    parts = list[bytes]()
+    while part := stream.read(_AT_ONCE):
+        parts.append(part)
+        if stream.position > _LINE_LIMIT:
+            raise CorpusError(f"{stream.path} is one document of more than {_LINE_LIMIT} bytes; cut it into several")
+    return b"".join(parts)
 
 
 class _ByteFormat(NamedTuple):

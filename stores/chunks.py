@@ -17,11 +17,13 @@ from numcodecs.blosc import decompress
 from numpy.typing import NDArray
 
 from .dtypes import format_of
-from .errors import CorruptStore
+from .errors import CorruptStore, StorageError
+from .object_paths import ObjectPath
 from .schema import Array
 from .store import Store
 from .tree import REPAIR
 
+_Readable = BinaryIO | ObjectPath
 _INDEXES = 256
 """Objects whose tables of chunks are remembered."""
 
@@ -44,24 +46,32 @@ class Chunks:
         path = self.store.path / self.store.object_key(self.path, index)
         target = into.reshape(-1).view(np.uint8)
         try:
+            if isinstance(path, ObjectPath):
+                self._read_chunk(path, index, within, target)
+                return
             with open(path, "rb") as file:
-                table = self._indexes.get(index)
-                if table is None:
-                    table = _read_index(file, self._n_chunk)
-                    if len(self._indexes) >= _INDEXES:  # other threads keep the tables that they hold
-                        self._indexes.clear()
-                    self._indexes[index] = table
-                offset, length = table[within].tolist()
-                if offset < 0:
-                    raise ValueError("it was never written")
-                if self.store.schema.compression == "none":
-                    _read(file, target, offset)
-                else:
-                    packed = np.empty(length - 4, np.uint8)
-                    _read(file, packed, offset)
-                    decompress(packed, target)
-        except (OSError, ValueError, RuntimeError) as error:
+                self._read_chunk(file, index, within, target)
+        except StorageError:
+            raise
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise CorruptStore(f"{path} cannot be read at chunk {within}: {error}. {self.repair}") from error
+
+    def _read_chunk(self, file: _Readable, index: tuple[int, ...], within: int, target: NDArray[np.uint8]) -> None:
+        table = self._indexes.get(index)
+        if table is None:
+            table = _read_index(file, self._n_chunk)
+            if len(self._indexes) >= _INDEXES:  # other threads keep the tables that they hold
+                self._indexes.clear()
+            self._indexes[index] = table
+        offset, length = table[within].tolist()
+        if offset < 0:
+            raise ValueError("it was never written")
+        if self.store.schema.compression == "none":
+            _read(file, target, offset)
+        else:
+            packed = np.empty(length - 4, np.uint8)
+            _read(file, packed, offset)
+            decompress(packed, target)
 
     @property
     def _n_chunk(self) -> int:
@@ -138,18 +148,34 @@ class Spans:
         return Spans, (self.store, self.path, self.repair, self.keep)
 
 
-def _read_index(file: BinaryIO, n_chunk: int) -> NDArray[np.int64]:
+def _read_index(file: _Readable, n_chunk: int) -> NDArray[np.int64]:
     """Offset and length of every chunk of an object; −1 of one that was never written."""
     pairs = np.empty((n_chunk, 2), "<i8")
-    _read(file, pairs.reshape(-1).view(np.uint8), os.fstat(file.fileno()).st_size - pairs.nbytes - 4)
+    into = pairs.reshape(-1).view(np.uint8)
+    if isinstance(file, ObjectPath):
+        _take(file.read_end(pairs.nbytes + 4), into)
+    else:
+        _read(file, into, os.fstat(file.fileno()).st_size - pairs.nbytes - 4)
     return pairs
 
 
-def _read(file: BinaryIO, into: NDArray[np.uint8], offset: int) -> None:
+def _take(found: bytes, into: NDArray[np.uint8]) -> None:
+    """Bytes that end in their crc32c. ValueError as `_read` says."""
+    if len(found) < len(into) + 4:
+        raise ValueError("it is cut off")
+    into[...] = np.frombuffer(found, np.uint8, len(into))
+    if crc32c(into) != int.from_bytes(found[len(into) :], "little"):
+        raise ValueError("its checksum is wrong")
+
+
+def _read(file: _Readable, into: NDArray[np.uint8], offset: int) -> None:
     """Bytes of a file that end in their crc32c. ValueError if they are cut off or do not agree with it."""
     said = np.empty(1, "<u4")
     if offset < 0:
         raise ValueError("it is cut off")
+    if isinstance(file, ObjectPath):
+        _take(file.read_range(offset, len(into) + 4), into)
+        return
     file.seek(offset)
     if file.readinto(into.data) < len(into) or file.readinto(said.data) < said.nbytes:  # type: ignore[attr-defined]
         raise ValueError("it is cut off")

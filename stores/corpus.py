@@ -51,6 +51,11 @@ class Corpus:
             raise CorpusError("the corpus names no files; expected at least one path or glob")
         origin: dict[str, str] = {}
         for pattern in self.files:
+            if "://" in pattern:
+                raise CorpusError(
+                    f"{pattern} is an address; a corpus lies in files of this machine: copy it there, for example with "
+                    "`aws s3 cp`, `gsutil cp` or rclone, and name the copies"
+                )
             for path in _expand(self.root, pattern):
                 format_of(path)
                 absolute = os.path.abspath(path)

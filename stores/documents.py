@@ -8,20 +8,24 @@ stopped.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .corpus import Block, Corpus, Document
-from .ledger import Ledger, Record
+from .ledger import Ledger, Record, read_json, write_atomic
+from .places import Place
 from .schema import Schema
 
 if TYPE_CHECKING:
     import xarray as xr
+
+GROWN = "grown.json"
+"""Name of the file beside the counts that says which corpora begin with the blocks of which others."""
 
 Count = Callable[[Sequence[str]], Sequence[int]]
 
@@ -34,7 +38,7 @@ class Documents:
     """
 
     corpus: Corpus
-    folder: Path
+    folder: Place
     fingerprint: str
 
     @property
@@ -65,10 +69,10 @@ class Documents:
         self.corpus.require_documents(documents)
 
     def _recorded(self, index: int) -> Record | None:
-        if not self.ledger.path(index).exists():
+        if not self.ledger.path(index).is_file():
             return None
         record = self.ledger.record(index)
-        return record if record["fingerprint"] == self.fingerprint else None
+        return record if self._accepts(record, index) else None
 
     def _count_block(self, index: int, block: Block, documents: list[Document], tokens: Count) -> Record:
         record = {
@@ -83,8 +87,31 @@ class Documents:
 
     @cached_property
     def _records(self) -> list[Record]:
-        records = (self.ledger.record(index) for index in sorted(self.ledger.done()))
-        return [record for record in records if record["fingerprint"] == self.fingerprint]
+        records = ((index, self.ledger.record(index)) for index in sorted(self.ledger.done()))
+        return [record for index, record in records if self._accepts(record, index)]
+
+    def continues(self, before: Documents) -> None:
+        """Says that this corpus begins with the files of `before`, unchanged: what was counted of them counts for both.
+        Counts are kept in the same folder.
+        """
+        path = self.folder / GROWN
+        said = read_json(path) if path.exists() else {}
+        ancestors = [*before._ancestors, {"fingerprint": before.fingerprint, "n_block": len(before._records)}]
+        if said.get(self.fingerprint) != ancestors:
+            write_atomic(path, json.dumps({**said, self.fingerprint: ancestors}, indent=1).encode())
+
+    @cached_property
+    def _ancestors(self) -> list[dict[str, Any]]:
+        """The shorter corpora of which this one is a continuation: `fingerprint` and `n_block`, oldest first."""
+        path = self.folder / GROWN
+        return list(read_json(path).get(self.fingerprint, ())) if path.exists() else []
+
+    def _accepts(self, record: Record, index: int) -> bool:
+        """Whether a count is of this corpus, or of one that it continues."""
+        whose = record["fingerprint"]
+        return whose == self.fingerprint or any(
+            before["fingerprint"] == whose and index < before["n_block"] for before in self._ancestors
+        )
 
     @cached_property
     def _first(self) -> np.ndarray[Any, np.dtype[np.int64]]:

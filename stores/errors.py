@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 import errno
+import itertools
 from collections.abc import Iterable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """How a file system says that there is no room, for anyone or for this user."""
+
+
+_LONGEST, _MOST_CHOICES = 200, 10_000
+"""Comparing words takes the product of their lengths."""
 
 
 class ForebayError(Exception):
@@ -42,11 +47,20 @@ class StoreNotFound(ForebayError, FileNotFoundError):
     """No run or store lies at the path given."""
 
 
+class StorageError(ForebayError, OSError):
+    """An object store does not answer, refuses, or cannot be reached with the settings there are."""
+
+
+class UnsafePath(ForebayError, OSError):
+    """A name or a link in a run leads out of the run's folder, and something was to be written or removed there."""
+
+
 class DiskFull(ForebayError, OSError):
     """The file system has no room for what is to be written."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint to append to an error message: ``" Did you mean 'x'?"``, or ``""`` where no choice resembles `word`."""
-    found = difflib.get_close_matches(word, list(choices), n=1)
+    known = list(itertools.islice(choices, _MOST_CHOICES)) if len(word) <= _LONGEST else []
+    found = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ from numpy.typing import NDArray
 from xarray.core import indexing
 
 from .chunks import Spans
-from .errors import FingerprintMismatch, ForebayError, IncompleteStore, SchemaError
+from .errors import CorruptStore, FingerprintMismatch, ForebayError, IncompleteStore, SchemaError
 from .feature_rows import FeatureRows
 from .ledger import Ledger
+from .places import Place, changed_at
 from .postings import BINS
 from .schema import Array, Schema
 from .store import Store
@@ -41,11 +41,17 @@ FOLDER = "index"
 FEATURES = 2**14
 SHARD_FEATURES = 2**18
 """Features in a chunk, and in an object, of what has a number a feature."""
+_DIMS = {
+    **dict.fromkeys(("n_active", "max", "min", "sum", "square_sum"), ("feature",)),
+    **dict.fromkeys(("token", "value"), ("nonzero",)),
+    "ptr": ("edge",),
+    "histogram": ("feature", "bin"),
+}
 _KEEP = {"ptr": 0, "token": 8, "value": 8}
 """Chunks that are remembered: the beginning of a list of postings is read before the whole, and next to others."""
 
 
-def index_folder(source: Store, group: str) -> Path:
+def index_folder(source: Store, group: str) -> Place:
     """The folder of a group's index."""
     return source.path.parent / FOLDER / group
 
@@ -128,7 +134,9 @@ class FeatureIndex:
             raise FingerprintMismatch(f"the index of {group!r} cannot be used: {error}. {how} again") from error
         if found is None:
             raise IncompleteStore(f"{source.path.parent} has no index of {group!r}. {how}")
-        said: Mapping[str, Any] = found.header.provenance.get("determines", {})
+        if fault := _fault(found, source):
+            raise FingerprintMismatch(f"the index of {group!r} in {found.path.parent} is damaged: {fault}. {how} again")
+        said: Mapping[str, Any] = found.header.provenance["determines"]
         due = determines(source, group, said.get("skip_positions", -1))
         if said != due:
             wrong = ", ".join(
@@ -161,7 +169,13 @@ class FeatureIndex:
     @cached_property
     def ptr(self) -> NDArray[np.int64]:
         """Where the postings of each feature begin [edge], in memory: 8 bytes a feature."""
-        return self._spans["ptr"].read(0, self.store.schema.arrays["ptr"].shape[0])
+        found: NDArray[np.int64] = self._spans["ptr"].read(0, self.store.schema.arrays["ptr"].shape[0])
+        n_posting = self.store.schema.arrays["token"].shape[0]
+        if found[0] != 0 or found[-1] > n_posting or (np.diff(found) < 0).any():
+            raise CorruptStore(
+                f"{self.store.path}/ptr does not ascend from 0 to at most {n_posting}. {again(self.store)}"
+            )
+        return found
 
     def variable(self, name: str) -> xr.Variable:
         """One of the arrays named above, read and decoded where it is indexed."""
@@ -175,16 +189,32 @@ class FeatureIndex:
             raise SchemaError(f"feature {feature} does not exist: there are {n_feature}, numbered from 0")
         start, stop = int(self.ptr[feature]), int(self.ptr[feature + 1])
         stop = stop if most is None else min(stop, start + most)
-        return self._spans["token"].read(start, stop).astype(np.int64), self._spans["value"].read(start, stop)
+        token = self._spans["token"].read(start, stop).astype(np.int64)
+        if len(token) and not 0 <= int(token.min()) <= int(token.max()) < self.store.schema.n_token:
+            raise CorruptStore(f"{self.store.path}/token names tokens that do not exist. {again(self.store)}")
+        return token, self._spans["value"].read(start, stop)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open arrays stay behind."""
         return FeatureIndex, (self.store, self.made)
 
 
+def _fault(index: Store, source: Store) -> str | None:
+    """What an index's header lacks for it to be read at all."""
+    missing = [name for name in _DIMS if _DIMS[name] != getattr(index.schema.arrays.get(name), "dims", None)]
+    said = index.header.provenance
+    determines = said.get("determines")
+    skipped = determines.get("skip_positions") if isinstance(determines, dict) else None
+    if missing or index.schema.n_token != source.schema.n_token:
+        return f"its arrays are not those of an index of {source.schema.n_token} tokens"
+    if any(type(n) is not int or n < 0 for n in (skipped, said.get("tokens"))):
+        return "its header does not say how many tokens it counts"
+    return None
+
+
 def _made(store: Store) -> int:
     """When the record of an index was put; 0 if there is none."""
     try:
-        return store.ledger.path(0).stat().st_mtime_ns
+        return changed_at(store.ledger.path(0))
     except FileNotFoundError:
         return 0

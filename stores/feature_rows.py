@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .chunks import Spans
 from .dtypes import format_of
-from .errors import CorruptStore, IncompleteStore, SchemaError, nearest
+from .errors import CorruptStore, SchemaError, nearest
 from .grid import Unit
 from .labels import TokenIndex
 from .selections import LabelTables, expanded
@@ -23,6 +23,7 @@ from .tree import REPAIR
 KIND = "features"
 VALUES = ("float32", "bfloat16", "float16")
 """Dtypes in which a feature's values may be kept."""
+MOST_FEATURES = 2**27
 FAR = 2**12
 """Tokens further apart than this are read one by one, others with all between them."""
 
@@ -47,16 +48,6 @@ def groups_of(store: Store) -> list[str]:
     return list(dict.fromkeys(path.rpartition("/")[0] for path in store.schema.arrays))
 
 
-def require_complete(store: Store) -> None:
-    """IncompleteStore unless every unit is recorded."""
-    if missing := store.todo():
-        n_unit = len(store.schema.grid)
-        raise IncompleteStore(
-            f"{store.path.parent} is incomplete: {n_unit - len(missing)} of {n_unit} units are recorded. Run its "
-            "recipe again to finish it"
-        )
-
-
 @dataclass(frozen=True)
 class FeatureRows:
     """The rows of one dictionary in a complete store of features. Picklable; nothing is opened before it is read.
@@ -77,17 +68,24 @@ class FeatureRows:
             raise SchemaError(
                 f"{store.path.parent} has no features {group!r}.{nearest(group, groups)} It has: {', '.join(groups)}"
             )
-        require_complete(store)
+        store.require_complete()
         return cls(store, group)
 
     @property
     def attrs(self) -> dict[str, Any]:
         """What the store tells of the dictionary: its source, hook, activation, and so on."""
-        return dict(self.store.header.provenance["dictionaries"][self.group])
+        said = self.store.header.provenance.get("dictionaries")
+        found = said.get(self.group) if isinstance(said, dict) else None
+        if not isinstance(found, dict):
+            raise CorruptStore(f"{self.store.path} does not say which dictionary made {self.group!r}")
+        return dict(found)
 
     @property
     def n_feature(self) -> int:
-        return int(self.attrs["n_feature"])
+        found = self.attrs.get("n_feature")
+        if type(found) is not int or not 0 < found <= MOST_FEATURES:
+            raise CorruptStore(f"{self.store.path}: {self.group!r} has {found!r:.99} features by its header")
+        return found
 
     @property
     def counted(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .ledger import write_atomic
+from .object_paths import ObjectPath
+from .places import Place, write_atomic
 
 PACKAGES = ("forebay", "torch", "tokenizers", "numpy", "zarr", "xarray", "gguf", "safetensors")
 
@@ -35,12 +37,12 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
+def sha256_files(paths: Iterable[Path], cache: Place) -> dict[Path, str]:
     """sha256 of each file, in the order given.
 
     A file whose path, size and time of change stand in `cache` (JSON) is not read again.
     """
-    known: dict[str, list[Any]] = json.loads(cache.read_text()) if cache.exists() else {}
+    known = known_hashes(cache)
     found: dict[Path, str] = {}
     fresh = dict(known)
     for path in paths:
@@ -50,15 +52,33 @@ def sha256_files(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
         digest = entry[2] if entry and entry[:2] == seen else sha256_file(path)
         fresh[key] = [*seen, digest]
         found[path] = digest
-    if fresh != known and cache.parent.is_dir():
+    if fresh != known and (isinstance(cache, ObjectPath) or cache.parent.is_dir()):
         write_atomic(cache, canonical_json(fresh).encode())
     return found
+
+
+def known_hashes(cache: Place) -> dict[str, list[Any]]:
+    """What a run's files.json says, path → size, time of change, sha256; nothing where it cannot be read: it only saves
+    reading files twice.
+    """
+    try:
+        said = json.loads(cache.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    entries = said.items() if isinstance(said, dict) else ()
+    form = [int, int, str]
+    return {key: entry for key, entry in entries if isinstance(entry, list) and list(map(type, entry)) == form}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that take part in the numbers; a package that is not installed is left
     out.
     """
+    return dict(_installed())
+
+
+@functools.cache
+def _installed() -> Mapping[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

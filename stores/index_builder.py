@@ -2,19 +2,21 @@
 
 Runs of tokens are sorted first, each into a file of its own; then the objects of the index are filled one by one, each
 merged from its part of every run. Finished runs and objects have records, so that a build that was killed goes on.
-Everything unfinished lies in `index/<group>/work`; the index is there when its own record is put, last of all.
+Everything unfinished lies in `index/<group>/work`, or, of an index in an object store, in a temporary folder of this
+machine; the index is there when its own record is put, last of all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +28,12 @@ from .feature_index import SHARD_FEATURES, FeatureIndex, built, determines, inde
 from .feature_rows import VALUES, FeatureRows, groups_of
 from .fingerprint import canonical_json, fingerprint, versions, whereabouts
 from .ledger import Ledger, Record, read_json, sync_folder, write_atomic
+from .object_paths import ObjectPath
+from .places import Place, delete_tree
 from .postings import MOST, STATISTICS, Run, RunFile, keys_of, merged, sorted_run, tokens_that_fit
 from .schema import DATA
 from .store import Store
-from .writer import make_durable
+from .untrusted import require_no_links
 
 WORKERS = 2
 """Threads: numpy sorts, and Zarr compresses, without Python's lock."""
@@ -106,12 +110,12 @@ class Build:
     progress: Callable[[Advance], None] = _unheard
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         return index_folder(self.rows.store, self.rows.group)
 
     @property
     def work(self) -> Path:
-        return self.folder / "work"
+        return self.folder / "work" if isinstance(self.folder, Path) else scratch(str(self.folder))
 
     @property
     def sorting(self) -> Ledger:
@@ -150,6 +154,9 @@ class Build:
 
     def run(self) -> None:
         """Builds the index, unless it is there and whole. Errors as `build_index` says."""
+        step = self.rows.store.path.parent
+        places = (self.folder / DATA, self.folder / "done", self.work / "runs" / "done", self.work / "objects" / "done")
+        require_no_links(step.parent, step, *places)
         try:
             if not self._finished():
                 self._prepare()
@@ -183,7 +190,7 @@ class Build:
             return
         Ledger(self.folder).drop(0)
         self._clear()
-        shutil.rmtree(self.folder / DATA, ignore_errors=True)
+        delete_tree(self.folder if isinstance(self.folder, ObjectPath) else self.folder / DATA)
         for ledger in (self.sorting, self.merging):
             ledger.done_folder.mkdir(parents=True)
         self.runs.create()
@@ -193,7 +200,7 @@ class Build:
     def _clear(self) -> None:
         """Removes what was unfinished. The plan goes first: without it nothing else is believed."""
         (self.work / "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(self.work, ignore_errors=True)
+        delete_tree(self.work)
 
     # ── sorting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -306,6 +313,17 @@ class Build:
                 raise
 
 
+def scratch(name: str) -> Path:
+    """A folder of this user's among this machine's temporary ones, the same for the same name. SchemaError if another
+    user has made what stands there.
+    """
+    mine = Path(tempfile.gettempdir()) / f"forebay-{os.getuid() if hasattr(os, 'getuid') else 'index'}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.is_symlink() or (hasattr(os, "getuid") and mine.stat().st_uid != os.getuid()):
+        raise SchemaError(f"{mine} is not this user's own folder: set TMPDIR to another place for the index's work")
+    return mine / hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
 class Span(NamedTuple):
     """Tokens [start, stop), which have at most `most` nonzeros."""
 
@@ -348,12 +366,10 @@ def _put(store: Store, parts: Mapping[str, tuple[dict[str, slice], NDArray[Any]]
     """Writes whole objects of arrays durably and gives their sizes and checksums."""
     objects: dict[str, Any] = {}
     for name, (rows, values) in parts.items():
-        store.write_rows(name, rows, values)
-        for index in store.schema.arrays[name].objects(rows):
-            key = store.object_key(name, index)
-            objects[key] = make_durable(store.path / key)
-    for folder in {folder for key in objects for folder in (store.path / key).relative_to(store.path).parents}:
-        sync_folder(store.path / folder)
+        objects |= store.write_rows(name, rows, values)
+    if isinstance(store.path, Path):
+        for folder in {folder for key in objects for folder in PurePosixPath(key).parents}:
+            sync_folder(store.path / folder)
     return objects
 
 

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import format_of
-from .errors import CorruptStore, SchemaError, StoreNotFound, nearest
+from .errors import CorruptStore, ForebayError, SchemaError, StoreNotFound, UnsafePath, nearest
 from .grid import Grid, Unit
 from .ledger import read_json
+from .places import Place, names
+from .untrusted import check_schema, is_name
 
 FORMAT = 1
 """Version of the layout on disk. Raised when older readers would misread a store."""
@@ -27,6 +29,10 @@ FORMAT = 1
 DATA = "data.zarr"
 """Name of the Zarr hierarchy in a step's folder."""
 
+GROWING = "growing.json"
+"""Name of the file beside a store, and in a run's folder, while they are made longer; see `growth`."""
+
+MOST_HEADER_BYTES = 2**26
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**26
 RAGGED_CHUNK = 2**16
@@ -155,11 +161,47 @@ class Header:
     fingerprint: str
     provenance: Mapping[str, Any]
 
+    @property
+    def grown_from(self) -> list[dict[str, Any]]:
+        """What the store was before it grew, oldest first: `fingerprint`, and `n_unit`, how many units it kept."""
+        said = self.provenance.get("grown_from")
+        kinds = {"fingerprint": str, "n_unit": int}
+        return [
+            one
+            for one in (said if isinstance(said, list) else ())
+            if isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in kinds.items())
+        ]
+
+    def accepts(self, fingerprint: Any, unit: int) -> bool:
+        """Whether a record of `unit` with this fingerprint is one of the store's: its own, or that of what it has grown
+        from, where the unit was kept.
+        """
+        return fingerprint == self.fingerprint or any(
+            before["fingerprint"] == fingerprint and unit < before["n_unit"] for before in self.grown_from
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {"schema": self.schema.to_json(), "fingerprint": self.fingerprint, "provenance": dict(self.provenance)}
 
 
-def read_header(data: Path) -> Header:
+def holds_store(folder: Place) -> bool:
+    """Whether a step's folder holds a store. In an object store it does when its root's metadata stand, which are put
+    last.
+    """
+    return (folder / DATA).exists() if isinstance(folder, Path) else (folder / DATA / "zarr.json").is_file()
+
+
+def store_folders(run: Place) -> list[Place]:
+    """The folders of a run that hold a store, by name. UnsafePath for a name that no step has: what is told of a step
+    names it.
+    """
+    found = [name for name in sorted(names(run)) if name[0] != "." and holds_store(run / name)]
+    if wrong := [name for name in found if not is_name(name)]:
+        raise UnsafePath(f"{run} holds a store in the folder {wrong[0]!r:.199}, which is no name of a step")
+    return [run / name for name in found]
+
+
+def read_header(data: Place) -> Header:
     """The header of the store at `data` (a `data.zarr` folder). Opens no array and imports no Zarr.
 
     StoreNotFound if there is none; CorruptStore if it is not forebay's; SchemaError if a newer forebay wrote it.
@@ -169,18 +211,31 @@ def read_header(data: Path) -> Header:
         raise StoreNotFound(
             f"{data} holds no store: {path.name} is missing. Give the folder of a run, or of one of its steps"
         )
-    said = read_json(path).get("attributes", {}).get("forebay")
+    attributes = read_json(path, MOST_HEADER_BYTES).get("attributes")
+    said = attributes.get("forebay") if isinstance(attributes, dict) else None
     if not isinstance(said, dict):
         raise CorruptStore(f"{path} is Zarr, but not a store of forebay: its attributes have no 'forebay' entry")
-    written = said.get("schema", {}).get("format")
+    written = said["schema"].get("format") if isinstance(said.get("schema"), dict) else None
     if written != FORMAT:
         raise SchemaError(
-            f"{data} has format {written}; this forebay reads format {FORMAT}. Update forebay, or capture again"
+            f"{data} has format {written!r:.99}; this forebay reads format {FORMAT}. Update forebay, or capture again"
         )
     try:
-        return Header(Schema.from_json(said["schema"]), said["fingerprint"], said["provenance"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptStore(f"{path}: the 'forebay' entry of its attributes is damaged ({error!r})") from error
+        header = Header(Schema.from_json(said["schema"]), said["fingerprint"], said["provenance"])
+        check_schema(header.schema, path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ForebayError):
+            raise
+        raise CorruptStore(f"{path}: the 'forebay' entry of its attributes is damaged ({error!r:.199})") from error
+    known = isinstance(header.fingerprint, str) and isinstance(header.provenance, dict)
+    former = header.provenance.get("grown_from", []) if known else None
+    if not isinstance(former, list) or not all(map(_is_former, former)):
+        raise CorruptStore(f"{path}: the 'forebay' entry of its attributes has no fingerprint or no provenance")
+    return header
+
+
+def _is_former(one: object) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("fingerprint"), str) and isinstance(one.get("n_unit"), int)
 
 
 def unit_tokens_for(row_bytes: int, context: int) -> int:
@@ -224,6 +279,14 @@ def along_sequence(dims: Sequence[str], sizes: Mapping[str, int], dtype: str, pe
         chunks=tuple(1 if dim in cut else sizes[dim] for dim in dims),
         shards=tuple(shards.get(dim, sizes[dim]) for dim in dims),
     )
+
+
+def sequences_per_unit(starts: NDArray[Any], n_token: int, unit_tokens: int) -> int:
+    """Sequences in a shard: as many as start in every unit, if that is the same for all but the last; else one."""
+    edges = np.arange(0, n_token + unit_tokens, unit_tokens)
+    counts = np.diff(np.searchsorted(starts, edges))
+    full = counts[:-1] if len(counts) > 1 else counts
+    return int(full[0]) if len(full) and (full == full[0]).all() and counts[-1] <= full[0] and full[0] > 0 else 1
 
 
 def along_unit(n_token: int, dtype: str, unit_tokens: int, most: int) -> Array:

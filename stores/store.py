@@ -1,4 +1,4 @@
-"""Labelled arrays on disk with a ledger: create, open, read, write rows, verify. The only file that names zarr.
+"""Labelled arrays at rest with a ledger: create, open, read, write rows, verify.
 
 A store is the folder of a step: `data.zarr`, which any Zarr v3 reader opens, and beside it the records of the units
 that are done. Nothing that one unit writes is touched by another, so there are no locks; see docs/store-format.md.
@@ -12,44 +12,43 @@ import math
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.errors import ZarrUserWarning
-from zarr.storage import LocalStore
 
-from .dtypes import format_of
-from .errors import FULL, CorruptStore, DiskFull, FingerprintMismatch
-from .fingerprint import differences
+from .errors import FULL, CorruptStore, DiskFull, FingerprintMismatch, IncompleteStore
+from .fingerprint import canonical_json, differences
 from .grid import Unit
-from .ledger import Ledger, sync_folder
-from .schema import DATA, Array, Header, Schema, read_header
+from .hierarchy import Known, layout_of, open_group, open_recorded, open_unread
+from .hierarchy import lay_out as lay_out
+from .ledger import Ledger, Record, read_json
+from .object_paths import ObjectPath
+from .places import Place, digest_of, place, put_new, sync_folder, write_atomic
+from .records import is_checked, record_faults
+from .schema import DATA, GROWING, Header, Schema, holds_store, read_header
+from .untrusted import check_array, check_label, check_labels, check_schema, label_paths, require_no_links
 
-
-def _codecs(compression: str, itemsize: int) -> list[Any]:
-    """Codecs of one chunk. A Blosc block of 512 KiB keeps the exponent bytes apart from the rest: 1.44 times smaller,
-    not 1.26.
-    """
-    if compression == "none":
-        return [Crc32cCodec()]
-    zstd = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize, blocksize=2**19)
-    return [zstd, Crc32cCodec()]
+VERIFIERS = 4
+"""Threads that hash objects: sha256 runs without Python's lock."""
+PUTTERS = 8
+"""Requests at a time while a store is laid out in an object store."""
+CLAIM = "claim.json"
+"""Beside a store in an object store: which recipe's it is, from before its first byte."""
+AT_ONCE = 1024
+"""Units that are given to them at a time, so that a million need no memory."""
 
 
 @dataclass(frozen=True)
 class Store:
     """One step's data and ledger. Picklable: a path and a header, never an open handle."""
 
-    path: Path
+    path: Place
     header: Header
 
     @property
@@ -70,47 +69,42 @@ class Store:
         return Ledger(self.path.parent)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Store:
-        """The store of a step's folder.
+    def open(cls, folder: str | os.PathLike[str] | ObjectPath) -> Store:
+        """The store of a step's folder, or of its address in an object store.
 
-        Reads one small file. StoreNotFound, CorruptStore or SchemaError say what is wrong.
+        Reads one small file. StoreNotFound, CorruptStore or SchemaError say what is wrong; IncompleteStore that the
+        store is being made longer.
         """
-        path = Path(folder) / DATA
-        return cls(path, read_header(path))
+        path = place(folder) / DATA
+        header = read_header(path)
+        require_settled(path.parent)  # after the header, so that none that was read amid a growth is given
+        return cls(path, header)
 
     @classmethod
-    def create(cls, folder: Path, schema: Schema, fingerprint: str, provenance: Mapping[str, Any]) -> Store:
+    def create(cls, folder: Place, schema: Schema, fingerprint: str, provenance: Mapping[str, Any]) -> Store:
         """Makes an empty store, or joins the one that is there. Any number of processes may do so at once.
 
         `provenance["determines"]` is everything that determines the values, of which `fingerprint` is the hash.
 
         FingerprintMismatch names what differs if the store there was made by another recipe; CorruptStore if there are
-        records but no data; DiskFull.
+        records but no data; DiskFull; StorageError.
         """
         header = Header(schema, fingerprint, provenance)
         path = folder / DATA
+        check_schema(schema, path)
+        if isinstance(folder, Path):
+            require_no_links(folder.parent, folder / DATA)
         recorded = Ledger(folder).done()  # before the look at the data, which are there before any record
-        if not path.exists():
+        if not holds_store(folder):
             if recorded:
                 raise CorruptStore(
                     f"{folder} has records of {len(recorded)} units, but {path} with their data is gone. Restore it, "
                     f"or delete {folder} to compute it anew"
                 )
-            aside = folder / f".{DATA}.{uuid.uuid4().hex}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _lay_out(aside, header)
-                os.rename(aside, path)
-            except OSError as error:
-                if error.errno in FULL:
-                    raise DiskFull(
-                        f"no space to make {path} ({error.strerror}). Free some space and run again"
-                    ) from error
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-            sync_folder(folder)
+            if isinstance(folder, Path):
+                _rename_into_place(folder, header)
+            else:
+                _put_in_place(folder, header)
         store = cls.open(folder)
         if store.fingerprint != fingerprint:
             raise mismatch(store, fingerprint, provenance)
@@ -120,13 +114,39 @@ class Store:
     def labels(self) -> dict[str, tuple[tuple[str, ...], NDArray[Any]]]:
         """Where sequences and documents start, and which layers there are: path → (dims, values), in memory."""
         found = {}
-        for path, node in sorted(_arrays_below(self._root("r"))):
-            if path not in self.schema.arrays:
-                values = np.asarray(node[...])
+        root = open_group(self.path, self._known)
+        for path in label_paths(self.schema):
+            if (self.path / path / "zarr.json").is_file():
+                check_label(self.path / path / "zarr.json")
+                node: Any = root[path]
+                values = self._label(path, node)
                 # numpy's own strings cannot be masked or joined with anything else, Python's can
                 values = values.astype(object) if values.dtype.kind == "T" else values
-                found[path] = (tuple(node.metadata.dimension_names), values)
+                found[path] = (tuple(node.metadata.dimension_names or ()), values)
+        self.require_current()
+        check_labels(found, self.schema, self.path)
         return found
+
+    def _label(self, path: str, node: Any) -> NDArray[Any]:
+        try:
+            return np.asarray(node[...])
+        except (ValueError, OSError, RuntimeError) as error:
+            self.require_current()
+            raise CorruptStore(
+                f"{self.path / path} cannot be read: {error}. What it was lies in the other stores of the run, under "
+                "the same name, unless it is of layers"
+            ) from error
+
+    def require_current(self) -> None:
+        """IncompleteStore if the store has grown since it was opened, or is growing: this header is no longer its own.
+
+        Call it after what must belong to the header was read or written. Reads one small file.
+        """
+        if isinstance(self.path, ObjectPath):  # where no store grows
+            return
+        require_settled(self.path.parent)
+        if read_header(self.path).fingerprint != self.fingerprint:
+            raise IncompleteStore(f"{self.path.parent} has grown, or was made anew, since it was opened: open it again")
 
     @cached_property
     def schema_with_labels(self) -> Schema:
@@ -136,103 +156,144 @@ class Store:
         """Labels stay behind: they may be large, and are read again where they are asked for."""
         return Store, (self.path, self.header)
 
+    def done(self) -> set[int]:
+        """Units with a record. One of a unit that does not exist, left in the folder by mistake, does not count."""
+        return self.schema.grid.known(self.ledger.done())
+
     def todo(self) -> list[Unit]:
         """Units without a record, in order."""
-        done = self.ledger.done()
-        return [unit for unit in self.schema.grid if unit.index not in done]
+        return self.schema.grid.left(self.ledger.done())
 
     @property
     def complete(self) -> bool:
-        return not self.todo()
+        return len(self.done()) == len(self.schema.grid)
 
-    def array(self, path: str) -> Any:
-        """The open Zarr array at a path of the store, read-only."""
-        return self._root("r")[path]
+    def array(self, path: str, recorded: bool = False) -> Any:
+        """The open Zarr array at a path of the store, read-only. Where its units are `recorded`, a shard that an object
+        store does not have is FileNotFoundError; on this machine it reads as fill values.
+        """
+        self._check_array(path)
+        return (open_recorded if recorded else open_group)(self.path, self._known)[path]
 
-    def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> None:
+    def _check_array(self, path: str) -> None:
+        """Holds the metadata of an array against the header; those of an object store once, for they are not read
+        again.
+        """
+        if isinstance(self.path, Path) or f"{path}/zarr.json" not in self._known:
+            check_array(self.path / path / "zarr.json", self.schema.arrays[path], self.schema.compression)
+
+    @cached_property
+    def _known(self) -> Known:
+        """Metadata in an object store, of which this process has read some."""
+        return {}
+
+    def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> dict[str, dict[str, Any]]:
         """Writes whole shards: `values` are the `rows` of the array, in their kept form; of a ragged array the values
-        that a unit has, at least one.
+        that a unit has, at least one. Gives bytes and sha256 of each object by its key: on this machine as read back
+        from a file that is durable, of an object store as they were sent. Folders' names are not durable yet.
 
         An object that is there is replaced in one go and never looked at, so that a torn one does no harm, and a reader
         or another writer of the same unit finds a whole one at any time.
         """
         array = self.schema.arrays[path]
-        root = zarr.open_group(_Unread(str(self.path)), mode="r+", zarr_format=3, use_consolidated=False)
+        self._check_array(path)
+        keys = [self.object_key(path, index) for index in array.objects(rows)]
+        if isinstance(self.path, Path):
+            require_no_links(self.path.parent, *{(self.path / key).parent for key in keys})
+        root, puts = open_unread(self.path, self._known)
         # Else a shard whose cells all equal the fill value would be left out, and its unit have no object to record.
-        target: Any = root[path].with_config({"write_empty_chunks": True})  # type: ignore[union-attr]
+        target: Any = root[path].with_config({"write_empty_chunks": True})
         where = [rows.get(dim, slice(0, size)) for dim, size in zip(array.dims, array.shape, strict=True)]
         if array.ragged:
             target[where[0], : len(values)] = values[None]
-            return
-        if array.dims[0] != "layer":
+        elif array.dims[0] != "layer":
             target[tuple(where)] = values
-            return
-        for layer in range(array.shape[0]):
-            target[(slice(layer, layer + 1), *where[1:])] = values[layer : layer + 1]
+        else:
+            for layer in range(array.shape[0]):
+                target[(slice(layer, layer + 1), *where[1:])] = values[layer : layer + 1]
+        return {key: puts[key] if isinstance(self.path, ObjectPath) else _made_durable(self.path / key) for key in keys}
 
     def object_key(self, path: str, index: tuple[int, ...]) -> str:
         """Key of an object below `data.zarr`, as the Zarr v3 default encoding names it."""
         return f"{path}/c/{'/'.join(map(str, index))}"
 
+    def require_complete(self) -> None:
+        """IncompleteStore unless every unit is recorded: it says how many are, and how to look at them."""
+        done, n_unit = len(self.done()), len(self.schema.grid)
+        if done < n_unit:
+            raise IncompleteStore(
+                f"{self.path.parent} is incomplete: {done} of {n_unit} units are recorded. Run its recipe again to "
+                "finish it, or look at what is there with open_run or open_store and partial=True, which adds the "
+                "coordinate `done` on `token`"
+            )
+
+    def objects_of(self, unit: Unit) -> set[str]:
+        """Keys below `data.zarr` of every object that a unit owns."""
+        rows, arrays = self.schema_with_labels.rows(unit), self.schema.arrays
+        return {self.object_key(path, index) for path, array in arrays.items() for index in array.objects(rows)}
+
     def verify(self, progress: Callable[[Unit], None] = lambda unit: None) -> dict[int, list[str]]:
-        """Reads every recorded object again: unit → what is wrong with it, one line an object. Empty if all is well."""
-        wrong: dict[int, list[str]] = {}
-        done = self.ledger.done()
-        for unit in self.schema.grid:
-            if unit.index not in done:
-                continue
-            if found := self._verify_unit(unit):
-                wrong[unit.index] = found
-            progress(unit)
-        return wrong
+        """Reads every recorded object again: unit → what is wrong with it, one line an object. Empty if all is well.
+
+        A record of a unit that does not exist is wrong as well.
+        """
+        recorded, grid = sorted(self.ledger.done()), self.schema.grid
+        units = [grid[index] for index in recorded if index < len(grid)]
+        wrong = {
+            index: [f"{self.ledger.path(index)}: there are {len(grid)} units, numbered from 0"]
+            for index in recorded[len(units) :]
+        }
+        self.schema_with_labels  # noqa: B018  read once, before threads ask for it
+        with ThreadPoolExecutor(VERIFIERS, "verify") as pool:
+            for at in range(0, len(units), AT_ONCE):
+                some = units[at : at + AT_ONCE]
+                for unit, found in zip(some, pool.map(self._verify_unit, some), strict=True):
+                    if found:
+                        wrong[unit.index] = found
+                    progress(unit)
+        return dict(sorted(wrong.items()))
 
     def _verify_unit(self, unit: Unit) -> list[str]:
         try:
             record = self.ledger.record(unit.index)
+        except FileNotFoundError:  # dropped since
+            return []
         except CorruptStore as error:
             return [str(error)]
-        if record.get("fingerprint") != self.fingerprint:
-            return [
-                f"{self.ledger.path(unit.index)}: its fingerprint {record.get('fingerprint')} is not the store's "
-                f"{self.fingerprint}"
-            ]
-        rows = self.schema_with_labels.rows(unit)
-        due = {
-            self.object_key(path, index) for path, array in self.schema.arrays.items() for index in array.objects(rows)
-        }
-        found = [f"{key}: not in the record of unit {unit.index}" for key in sorted(due - set(record["objects"]))]
-        for key in sorted(due & set(record["objects"])):
-            if said := _disagreement(self.path / key, record["objects"][key]):
-                found.append(said)
-        return found
+        faults = self.record_faults(unit, record)
+        if not isinstance(record.get("objects"), dict):
+            return faults
+        whole = [
+            key for key in record["objects"] if key in self.objects_of(unit) and is_checked(record["objects"][key])
+        ]
+        said = (_disagreement(self.path / key, record["objects"][key]) for key in sorted(whole))
+        return faults + [line for line in said if line]
+
+    def record_faults(self, unit: Unit, record: Record) -> list[str]:
+        """What is wrong with a unit's record in itself, one line a fault; see `records`. Reads no object."""
+        where, said = self.ledger.path(unit.index), record.get("fingerprint")
+        if not self.header.accepts(said, unit.index):
+            return [f"{where}: its fingerprint {said} is not the store's {self.fingerprint}"]
+        found = record_faults(record, unit, self.schema_with_labels.rows(unit), self.objects_of(unit))
+        return [f"{where}: {line}" for line in found]
 
     def sweep(self, before: float = math.inf) -> None:
         """Removes what killed writers left half-written, and touched last `before` a time (seconds of the epoch).
 
-        Without `before` only when no run is writing.
+        Without `before` only when no run is writing. In an object store nothing is ever half-written.
         """
+        if isinstance(self.path, ObjectPath):
+            return
+        require_no_links(self.path.parent, self.path)
         for leftover in self.path.rglob("*.partial"):
             if _changed(leftover) < before:
                 leftover.unlink(missing_ok=True)
-        for leftover in self.ledger.folder.glob("*/.*.tmp"):
-            if _changed(leftover) < before:
+        for leftover in self.path.parent.glob("*/.*.tmp"):
+            if _changed(leftover) < before and not leftover.parent.is_symlink():
                 leftover.unlink(missing_ok=True)
         for leftover in self.path.parent.glob(f".{DATA}.*"):
             if _changed(leftover) < before:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-    def _root(self, mode: Any) -> Any:
-        return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
-
-
-class _Unread(LocalStore):
-    """Writes objects as any store and has none to read: a shard that is not full is else merged with what is there."""
-
-    async def get(self, key: str, *arguments: Any, **options: Any) -> Buffer | None:
-        return None if "/c/" in key else await super().get(key, *arguments, **options)
-
-    def get_sync(self, key: str, *arguments: Any, **options: Any) -> Buffer | None:
-        return None if "/c/" in key else super().get_sync(key, *arguments, **options)
 
 
 def _changed(path: Path) -> float:
@@ -240,6 +301,15 @@ def _changed(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:  # swept by another run
         return math.inf
+
+
+def require_settled(folder: Place) -> None:
+    """IncompleteStore while the store of a step is made longer, and after that was killed. In object stores none is."""
+    if isinstance(folder, Path) and (folder / GROWING).exists():
+        raise IncompleteStore(
+            f"{folder} is being made longer, or was when that was killed ({GROWING} lies in it). Wait a moment, or "
+            f"finish it with `forebay append {folder.parent}`"
+        )
 
 
 def mismatch(store: Store, fingerprint: str, provenance: Mapping[str, Any]) -> FingerprintMismatch:
@@ -253,61 +323,61 @@ def mismatch(store: Store, fingerprint: str, provenance: Mapping[str, Any]) -> F
     )
 
 
-def _arrays_below(group: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    found = [(prefix + name, array) for name, array in group.arrays()]
-    for name, child in group.groups():
-        found += _arrays_below(child, f"{prefix}{name}/")
-    return found
-
-
-def _lay_out(path: Path, header: Header) -> None:
-    """Writes the metadata of all arrays, and the labels, which are small."""
-    schema = header.schema
-    root = zarr.create_group(str(path), zarr_format=3, attributes={"forebay": header.to_json()})
-    for name, array in schema.arrays.items():
-        _create_array(root, name, array, schema.compression)
-    for name, (dims, values) in schema.labels.items():
-        kept = "string" if values.dtype.kind in "OUT" else values.dtype
-        label = root.create_array(
-            name, shape=values.shape, dtype=kept, chunks=(max(1, min(len(values), 2**17)),), dimension_names=dims
-        )
-        label[...] = values.astype(object) if kept == "string" else values
-    with warnings.catch_warnings():
-        # Version 3 of Zarr does not specify consolidated metadata yet; readers that know it open faster, others ignore
-        # it.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(root.store)
-    for folder, _, files in os.walk(path):
-        for file in files:
-            with open(Path(folder) / file, "rb") as handle:
-                os.fsync(handle.fileno())
-        sync_folder(Path(folder))
-
-
-def _create_array(root: Any, name: str, array: Array, compression: str) -> None:
-    kept = format_of(array.dtype)
-    root.create_array(
-        name,
-        shape=array.shape,
-        dtype=kept.kept,
-        chunks=array.chunks,
-        shards=array.shards,
-        dimension_names=array.dims,
-        fill_value=kept.missing,
-        compressors=_codecs(compression, kept.itemsize),
-        attributes={"dtype": array.dtype},
-    )
-
-
-def _disagreement(path: Path, said: Mapping[str, Any]) -> str | None:
+def _rename_into_place(folder: Path, header: Header) -> None:
+    """Lays a store out aside and renames it into place, unless another process has done so meanwhile."""
+    path, aside = folder / DATA, folder / f".{DATA}.{uuid.uuid4().hex}"
     try:
-        size = path.stat().st_size
+        folder.mkdir(parents=True, exist_ok=True)
+        lay_out(aside, header)
+        os.rename(aside, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFull(f"no space to make {path} ({error.strerror}). Free some space and run again") from error
+        # Another process may have put the store, and even finished it and swept `aside` away.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not path.exists():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(folder)
+
+
+def _put_in_place(folder: ObjectPath, header: Header) -> None:
+    """Lays a store out in an object store, where nothing can be renamed: first a claim that names the fingerprint, then
+    what is equal whoever puts it, and last the root's metadata, with which the store is there.
+    """
+    path, claim = folder / DATA, folder / CLAIM
+    if not put_new(claim, canonical_json(header.to_json()).encode()):
+        said = read_json(claim)
+        if said.get("fingerprint") != header.fingerprint:
+            if not isinstance(said.get("fingerprint"), str) or "determines" not in (said.get("provenance") or {}):
+                raise CorruptStore(f"{claim} says of no store which it is. Delete {folder} to compute it anew")
+            there = Store(path, Header(header.schema, said["fingerprint"], said["provenance"]))
+            raise mismatch(there, header.fingerprint, header.provenance)
+    objects = layout_of(header)
+    root = objects.pop("zarr.json")
+    with ThreadPoolExecutor(PUTTERS, "put") as pool:
+        list(pool.map(lambda key: write_atomic(path / key, objects[key]), objects))
+    put_new(path / "zarr.json", root)
+
+
+def _made_durable(path: Path) -> dict[str, Any]:
+    """Flushes an object to the disk and gives its size and sha256, as read back."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _disagreement(path: Place, said: Mapping[str, Any]) -> str | None:
+    try:
+        if isinstance(path, ObjectPath):  # one request, of which the length is the last to be known
+            size, digest = path.digest()
+        else:
+            size = path.stat().st_size
+            digest = digest_of(path)[1] if size == said["bytes"] else ""
     except FileNotFoundError:
         return f"{path}: missing"
     if size != said["bytes"]:
         return f"{path}: {size:,} bytes, {said['bytes']:,} were recorded (truncated or overwritten)"
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return (
         None
         if digest == said["sha256"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,13 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from .dtypes import format_of
-from .errors import CorruptStore, IncompleteStore, StoreNotFound
+from .errors import CorruptStore, StorageError, StoreNotFound
 from .grid import Grid
+from .joined import Everywhere, common_chunks, joined_layers, lazy
 from .labels import token_coords
 from .ledger import read_json
-from .schema import DATA, Array
+from .places import Place, place
+from .schema import DATA, Array, store_folders
 from .selections import tokens_at
 from .store import Store
 
@@ -53,13 +55,16 @@ class KeptArray(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
         """The values at `key`: an integer, slice or array of integers a dimension, each independent of the others."""
-        if self.complete:
+        if self.complete and isinstance(self.store.path, Path):  # what reads object stores looks for itself
             self._require_objects(key)
         if self._zarr is None:
-            self._zarr = self.store.array(self.path)
+            self._zarr = self.store.array(self.path, self.complete)
+        key = tuple(_within(one, size) for one, size in zip(key, self.shape, strict=True))
         try:
             return self.format.decode(np.asarray(self._zarr.oindex[key]))
-        except (ValueError, OSError, RuntimeError) as error:
+        except StorageError:
+            raise
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             where = self.store.path / self.path
             raise CorruptStore(f"{where} cannot be read at {key}: {error}. {self.repair}") from error
 
@@ -78,6 +83,11 @@ class KeptArray(BackendArray):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zarr": None}
+
+
+def _within(key: Any, size: int) -> Any:
+    """A slice with its ends: the array may have grown since it was opened, and has rows behind those that are asked."""
+    return slice(*key.indices(size)) if isinstance(key, slice) and (key.step or 1) > 0 else key
 
 
 def _shards(key: Any, size: int, shard: int) -> Iterable[int]:
@@ -128,8 +138,11 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
     Every node with a `token` axis carries `token_id`, `sequence`, `position` and `document`, so that selections read
     `run["activations/hook_resid_post/value"].sel(layer=12, document=7)`. The run's recipe is in `attrs`. Arguments and
     errors as in `open_store`.
+
+    Of a run with tables [capture.NAME], `activations` holds the kinds and layers of all captures of the same tokens,
+    and says in `attrs["captures"]` which there are; `activations-NAME` holds each as it is stored.
     """
-    folder = Path(path)
+    folder = place(path)
     stores = list(run_stores(folder))
     if not stores:
         raise StoreNotFound(
@@ -148,6 +161,7 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
                 if "token" in dataset.sizes:
                     dataset = dataset.assign_coords(token_id)
                 nodes[f"/{store.name}{name}"] = dataset
+    nodes |= _all_captures(stores, nodes, partial, chunks)
     recipe = folder / "recipe.json"
     nodes["/"] = xr.Dataset(attrs=read_json(recipe) if recipe.exists() else {})
     tree = xr.DataTree.from_dict(nodes, name=folder.resolve().name)
@@ -155,20 +169,82 @@ def open_run(path: str | os.PathLike[str], *, partial: bool = False, chunks: Chu
     return tree
 
 
-def run_stores(folder: Path) -> Iterator[Store]:
+def run_stores(folder: Place) -> Iterator[Store]:
     """The stores of a run, those that others read first."""
-    found = [Store.open(path.parent) for path in sorted(folder.glob(f"*/{DATA}"))]
+    found = [Store.open(one) for one in store_folders(folder)]
     return iter(sorted(found, key=lambda store: store.schema.kind != "tokens"))
 
 
+CAPTURED = "activations"
+"""Kind of the stores of captures, and the node with the kinds and layers of all of them."""
+
+
+def _all_captures(
+    stores: Sequence[Store], nodes: Mapping[str, xr.Dataset], partial: bool, chunks: Chunks
+) -> dict[str, xr.Dataset]:
+    """The nodes below `activations` of a run with several captures, or a named one; empty for any other. Captures of
+    other tokens (not yet grown, as the first is) stay by themselves.
+    """
+    captures = [store for store in stores if store.schema.kind == CAPTURED]
+    if [store.name for store in captures] in ([], [CAPTURED]):
+        return {}
+    same = [store for store in captures if _same_tokens(store, captures[0])]
+    held: dict[str, list[Store]] = {}
+    for store in same:
+        for path in store.schema.arrays:
+            held.setdefault(path.rpartition("/")[0], []).append(store)
+    said = {"captures": {store.name: store.fingerprint for store in same}}
+    found = {f"/{CAPTURED}": nodes[f"/{same[0].name}"].assign_attrs(said)}
+    for kind, holders in held.items():
+        found[f"/{CAPTURED}/{kind}"] = _joined_node(holders, nodes, kind, partial, chunks).assign_attrs(said)
+    return found
+
+
+def _joined_node(
+    stores: Sequence[Store], nodes: Mapping[str, xr.Dataset], kind: str, partial: bool, chunks: Chunks
+) -> xr.Dataset:
+    """The layers of a kind in several stores of the same tokens as one node."""
+    first = nodes[f"/{stores[0].name}/{kind}"]
+    path = f"{kind}/value"
+    others = {dim: size for dim, size in first.sizes.items() if dim != "layer"}
+    states = f"{kind}/state_position"
+    stores = [
+        store
+        for store in stores
+        if others.items() <= dict(nodes[f"/{store.name}/{kind}"].sizes).items()
+        and (states not in store.labels or np.array_equal(store.labels[states][1], stores[0].labels[states][1]))
+    ]
+    if len(stores) == 1 or "layer" not in first.dims:
+        return first
+    arrays = [store.schema.arrays[path] for store in stores]
+    axis = arrays[0].dims.index("layer")
+    kept = [KeptArray(store, path, store.complete) for store in stores]
+    joined, layers = joined_layers(
+        [(one, store.labels[f"{kind}/layer"][1]) for one, store in zip(kept, stores, strict=True)], axis
+    )
+    cut = {dim: common_chunks([_dask_chunks(array)[dim] for array in arrays]) for dim in arrays[0].dims}
+    dtypes = {array.dtype for array in arrays}
+    attrs = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+    value = lazy(joined, arrays[0].dims, attrs, cut if chunks == "auto" else None)
+    whole = first.drop_vars(["value", "layer"]).assign(value=value).assign_coords(layer=layers)
+    if partial and "token" in whole.sizes:
+        masks = [DoneMask(store.schema.grid, store.done()) for store in stores]
+        whole = whole.assign_coords(done=lazy(Everywhere(masks), ("token",), {}, None))
+    attrs_of = [nodes[f"/{store.name}/{kind}"].attrs for store in stores]
+    whole.attrs = {k: v for k, v in attrs_of[0].items() if all(other.get(k) == v for other in attrs_of)}
+    return whole
+
+
+def _same_tokens(store: Store, other: Store) -> bool:
+    """Whether the rows of two stores along `token` are of the same sequences."""
+    name = "sequences/start"
+    return store.schema.n_token == other.schema.n_token and np.array_equal(store.labels[name][1], other.labels[name][1])
+
+
 def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]:
-    done, n_unit = store.ledger.done(), len(store.schema.grid)
-    if len(done) < n_unit and not partial:
-        raise IncompleteStore(
-            f"{store.path.parent} is incomplete: {len(done)} of {n_unit} units are recorded. Run its recipe again to "
-            "finish it, or open it "
-            "with partial=True, which adds the coordinate `done` on `token`"
-        )
+    done, n_unit = store.done(), len(store.schema.grid)
+    if not partial:
+        store.require_complete()
     labels = store.labels
     token = token_coords(store.schema.n_token, labels["sequences/start"][1], labels["documents/start"][1])
     mask = xr.Variable(("token",), indexing.LazilyIndexedArray(DoneMask(store.schema.grid, done)))
@@ -192,10 +268,10 @@ def _nodes(store: Store, partial: bool, chunks: Chunks) -> dict[str, xr.Dataset]
         own = {dim: labels[path] for dim in ("layer", "state_position") if (path := f"{group}/{dim}") in labels}
         dataset = dataset.assign_coords(own)
         nodes[f"/{group}"] = dataset.assign_attrs(nodes["/"].attrs)
-    return nodes | _label_nodes(labels, store.schema.n_token)
+    return nodes | label_nodes(labels, store.schema.n_token)
 
 
-def _label_nodes(labels: Mapping[str, Any], n_token: int) -> dict[str, xr.Dataset]:
+def label_nodes(labels: Mapping[str, Any], n_token: int) -> dict[str, xr.Dataset]:
     nodes = {}
     for group, dim in (("sequences", "sequence"), ("documents", "document")):
         columns = {path.split("/")[1]: variable for path, variable in labels.items() if path.startswith(f"{group}/")}

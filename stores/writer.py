@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import format_of
-from .errors import FULL, DiskFull, SchemaError
+from .errors import FULL, DiskFull, IncompleteStore, SchemaError
 from .fingerprint import versions, whereabouts
 from .grid import Unit
 from .ledger import Record, sync_folder
+from .places import free_space
 from .schema import RAGGED, Array, check_block
 from .store import Store
 
@@ -103,21 +101,36 @@ class UnitWriter:
         objects: dict[str, dict[str, Any]] = {}
         try:
             for path, array in self.store.schema.arrays.items():
-                keys = [self.store.object_key(path, index) for index in array.objects(self.rows)]
                 if array.ragged:
-                    self.store.write_rows(path, self.rows, self._ragged_values(path))
+                    objects |= self.store.write_rows(path, self.rows, self._ragged_values(path))
                 elif path in self._buffers:
-                    self.store.write_rows(path, self.rows, self._buffers[path])
-                objects |= {key: make_durable(data / key) for key in keys}
+                    objects |= self.store.write_rows(path, self.rows, self._buffers[path])
             for folder in {(data / key).parent for key in objects}:
                 sync_folder(folder)
             record = self._record(objects, {**timing, "write": time.perf_counter() - started})
             self.store.ledger.complete(self.unit.index, record)
+            self._require_current()
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise self._disk_full(error) from error
         return record
+
+    def gathered(self) -> dict[str, NDArray[Any]]:
+        """The unit's values in their kept form: `[…]` as the array has them, of a ragged one those that it has, end to
+        end. An array of which the unit owns no row is left out. SchemaError if rows are missing.
+        """
+        self._check_complete()
+        ragged = {path: self._ragged_values(path) for path, array in self.store.schema.arrays.items() if array.ragged}
+        return self._buffers | ragged
+
+    def _require_current(self) -> None:
+        """Takes the record back if the store has grown meanwhile: what was computed is of a corpus that was shorter."""
+        try:
+            self.store.require_current()
+        except IncompleteStore:
+            self.store.ledger.drop(self.unit.index)
+            raise
 
     def _check_complete(self) -> None:
         for path, array in self.store.schema.arrays.items():
@@ -169,12 +182,12 @@ class UnitWriter:
         }
 
     def _disk_full(self, error: OSError) -> DiskFull:
-        stat = os.statvfs(self.store.path)
+        free = free_space(self.store.path)
         need = sum(buffer.nbytes for buffer in self._buffers.values())
         need += sum(piece.nbytes for pieces in self._ragged.values() for piece in pieces)
         return DiskFull(
             f"no space for unit {self.unit.index} of {self.store.path}: it takes {need:,} bytes, "
-            f"{stat.f_bavail * stat.f_frsize:,} are free "
+            f"{free or 0:,} are free "
             f"({error.strerror}). {len(self.store.ledger.done())} units are recorded and safe. Free some space and "
             "run again"
         )
@@ -192,10 +205,3 @@ def _rows_of(path: str, variable: xr.DataArray, long: str) -> tuple[int, int]:
             + ("…" if len(labels) > 6 else "")
         )
     return first, first + len(labels)
-
-
-def make_durable(path: Path) -> dict[str, Any]:
-    """Flushes an object to the disk and gives its size and sha256, as read back."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +30,17 @@ END = "<|endoftext|>"
 
 # A model that is not on this machine is refused at once, and never looked for on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# Files whose few tests take long, so that no process is left with one of them when the others have nothing to do.
+LONGEST = ("test_notebooks.py", "test_kill.py", "test_docs.py", "test_house.py", "test_training_kill.py")
+LONGEST += ("test_real_weights.py", "test_agrees_with_transformers.py", "test_determinism.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those files first, then those with the most tests: `scripts/test` hands out files in this order."""
+    n_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -n_tests[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +218,25 @@ def fork_run() -> Callable[[Path, Path], Any]:
 
         process = context.Process(target=run, args=(recipe, folder), kwargs={"device": "cpu"}, daemon=True)
         process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def fork_forebay(fork_run: Callable[[Path, Path], Any]) -> Callable[..., Any]:
+    """Starts the command line, `fork_forebay("run", recipe, …)`, as `fork_run` starts a run. Its `exitcode` is the
+    command's.
+    """
+    context = get_context("forkserver")
+
+    def start(*arguments: str | Path) -> Any:
+        process = context.Process(target=runpy.run_module, args=("forebay", None, "__main__"), daemon=True)
+        own, sys.argv = sys.argv, ["forebay", *map(str, arguments)]  # which a child is told
+        try:
+            process.start()
+        finally:
+            sys.argv = own
         return process
 
     return start

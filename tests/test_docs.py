@@ -63,7 +63,7 @@ def test_examples_with_dictionaries_run(
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, num_hidden_layers=16)).save_pretrained(tmp_path / "model")
     hook = "blocks.15.hook_resid_post"
     train = {"hook": hook, "n_feature": 40, "k": 8, "batch": 64, "n_batch": 20}
-    tables = {"capture": {"hooks": [hook]}, "train": {"sae": train}, "encode": {"sae": {}}}
+    tables = {"capture": {"hooks": [hook], "unit_tokens": 256}, "train": {"sae": train}, "encode": {"sae": {}}}
     recipe = make_recipe("smollm2", model=tmp_path / "model", **tables)
     assert forebay.run(recipe, tmp_path / "runs/smollm2").code == 0
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_examples_of_analyses_run(
 
     pyplot.switch_backend("agg")
     hooks = re.findall(r"^hooks = (\[.*\])$", (DOCS / "analyses.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
-    recipe = make_recipe("laboratory", capture={"hooks": json.loads(hooks)})
+    recipe = make_recipe("laboratory", capture={"hooks": json.loads(hooks), "unit_tokens": 256})
     assert forebay.run(recipe, tmp_path / "runs/laboratory").code == 0
     shutil.copytree(tiny_model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)

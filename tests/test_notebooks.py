@@ -23,7 +23,9 @@ def kept(make_recipe: Callable[..., Path], tiny_model: Path, tmp_path: Path, mon
     """A run with all that the notebooks read: residual streams, attention, and the features of a dictionary."""
     train = {"hook": "blocks.1.hook_resid_post", "n_feature": 40, "k": 8, "batch": 64, "n_batch": 20}
     hooks = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"]
-    recipe = make_recipe("small", capture={"hooks": hooks}, train={"sae": train}, encode={"sae": {}})
+    recipe = make_recipe(
+        "small", capture={"hooks": hooks, "unit_tokens": 256}, train={"sae": train}, encode={"sae": {}}
+    )
     folder = tmp_path / "run"
     assert forebay.run(recipe, folder).code == 0
     write_pth(tmp_path / "RWKV-x070-World-0.1B.pth", 7, d_vocab=2**16, n_layers=4)
@@ -34,16 +36,17 @@ def kept(make_recipe: Callable[..., Path], tiny_model: Path, tmp_path: Path, mon
     return folder
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # of the machinery of notebooks, in this process
-def test_a_notebook_runs(path: Path, kept: Path, tmp_path: Path) -> None:
-    notebook: Any = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
+def test_every_notebook_runs(kept: Path, tmp_path: Path) -> None:
+    """In one kernel, which imports everything once, and forgets all names before each of them."""
+    notebooks: list[Any] = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
+    whole: Any = nbformat.v4.new_notebook()
+    for notebook in notebooks:
+        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+    client = NotebookClient(whole, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     asyncio.run(client.async_execute())
-    printed = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert printed
+    for path, notebook in zip(NOTEBOOKS, notebooks, strict=True):
+        assert [output for cell in notebook.cells for output in cell.get("outputs", ())], path
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import forebay.stages.plots as plot
+    from forebay.pipeline.appending import append
+    from forebay.pipeline.combining import export
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
     from forebay.stages.algzoo.load import load_algzoo
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from forebay.stages.models.state_taps import StateKnockout, StateSteering
     from forebay.stages.models.taps import HookSpec
     from forebay.stages.models.unembedding import load_unembedding
+    from forebay.stores.concat import concat
     from forebay.stores.tree import open_run, open_store
 
 _HOMES = {
@@ -131,6 +134,7 @@ _HOMES = {
     "ablation_effect": "forebay.stages.analyze.ablation",
     "accumulated_resid": "forebay.stages.analyze.residual_decomposition",
     "activation_patching": "forebay.stages.analyze.activation_patching",
+    "append": "forebay.pipeline.appending",
     "apply_probe": "forebay.stages.analyze.probing",
     "as_run": "forebay.stages.analyze.tokens",
     "attention_distance": "forebay.stages.analyze.attention",
@@ -148,6 +152,7 @@ _HOMES = {
     "character_count_manifold": "forebay.stages.analyze.character_count",
     "check_compatibility": "forebay.stages.models.source",
     "compare_logits": "forebay.stages.analyze.intervention_effect",
+    "concat": "forebay.stores.concat",
     "contrastive_direction": "forebay.stages.analyze.directions",
     "decompose_resid": "forebay.stages.analyze.residual_decomposition",
     "detect_heads": "forebay.stages.analyze.head_detectors",
@@ -160,6 +165,7 @@ _HOMES = {
     "dose_response": "forebay.stages.analyze.steering",
     "edge_attention": "forebay.stages.analyze.steering",
     "embedding_std": "forebay.stages.analyze.causal_tracing",
+    "export": "forebay.pipeline.combining",
     "feedback_sweep": "forebay.stages.analyze.recurrent_feedback",
     "first_appearance": "forebay.stages.analyze.logit_lens",
     "head_detectors": "forebay.stages.analyze.head_detectors",
@@ -217,7 +223,7 @@ _HOMES = {
     "visible_keys": "forebay.stages.models.masks",
 }
 _MODULES = {"plot": "forebay.stages.plots"}
-_OPENING = ("open_run", "open_store")
+_OPENING = ("concat", "open_run", "open_store")
 """They give trees, which have `run.features(…)` and `run.batches(…)` once those are registered with xarray."""
 
 __version__ = metadata.version("forebay")
@@ -260,6 +266,7 @@ __all__ = [
     "ablation_effect",
     "accumulated_resid",
     "activation_patching",
+    "append",
     "apply_probe",
     "as_run",
     "attention_distance",
@@ -277,6 +284,7 @@ __all__ = [
     "character_count_manifold",
     "check_compatibility",
     "compare_logits",
+    "concat",
     "contrastive_direction",
     "decompose_resid",
     "detect_heads",
@@ -289,6 +297,7 @@ __all__ = [
     "dose_response",
     "edge_attention",
     "embedding_std",
+    "export",
     "feedback_sweep",
     "first_appearance",
     "head_detectors",

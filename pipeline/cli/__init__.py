@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import looks, runs, upkeep
+from . import growth, looks, runs, shapes, upkeep
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,6 +15,7 @@ def main() -> None:
     \b
     forebay plan RECIPE      what a run would do: units, bytes, time
     forebay run RECIPE       do it, or go on with it
+    forebay append RUN FILE  more text for a run that is there
     forebay status RUN       how far it is
     forebay lens RUN         a first look: what each layer would say next
     forebay features RUN     what its dictionaries' features fire at
@@ -32,5 +33,9 @@ for command in (
     looks.lens,
     upkeep.verify,
     upkeep.repair,
+    growth.append,
+    shapes.concat,
+    shapes.export,
+    shapes.delete,
 ):
     main.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -11,13 +12,21 @@ from .shared import RUN, refuse
 
 @click.command()
 @RUN
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
 @refuse
-def status(run: Path) -> None:
-    """How far RUN is: units, tokens, bytes, rate, failures. Reads the ledgers only, also while it runs."""
+def status(run: Path, as_json: bool) -> None:
+    """How far RUN is: units, tokens, rate, time left, who is at work, failures. Reads the ledgers only, also while it
+    runs.
+    """
+    from ..report.status import as_values
     from ..report.status import status as read_status
     from ..report.tables import console, status_table
 
-    console().print(status_table(read_status(run)))
+    steps = read_status(run)
+    if as_json:
+        click.echo(json.dumps(as_values(run, steps), indent=1))
+    else:
+        console().print(status_table(steps))
 
 
 @click.command()

@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .shared import DEVICE, RECIPE, RUN, TO, refuse
+from ..exit_codes import INTERRUPTED
+from .shared import DEVICE, RECIPE, RUN, TO, PlaceType, refuse
+
+if TYPE_CHECKING:
+    from ...stores.places import Place
+    from ..plan import Plan
+    from ..profile import Profile
 
 
 @click.command()
 @RECIPE
 @TO
 @DEVICE
+@click.option(
+    "--measure",
+    "seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    is_flag=False,
+    flag_value=60,
+    metavar="[SECONDS]",
+    help="Run real batches of every step for so long, and keep nothing.  [60 where no number follows]",
+)
+@click.option(
+    "--profile",
+    type=PlaceType(),
+    help="Take rates from a file of --save-profile, or from the records of a run's folder.",
+)
+@click.option("--save-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what was measured.")
+@click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Workers to tell the time for.  [1, 8, 64]")
+@click.option("--passes", type=click.IntRange(min=1), default=1, help="Passes over the data that are to be served.")
+@click.option("--bandwidth", type=click.FloatRange(min=0, min_open=True), help="MB/s of the folder, for all workers.")
+@click.option("--gpu-price", type=click.FloatRange(min=0), help="€/h of a worker's device.")
+@click.option("--storage-price", type=click.FloatRange(min=0), help="€/TB-month of what is kept.")
+@click.option("--months", type=click.FloatRange(min=0), default=1.0, help="Months that it is kept.  [1]")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON: no number without its unit and basis.")
 @refuse
-def plan(recipe: Path, to: Path | None, device: str) -> None:
-    """Check RECIPE and print units, bytes and time, without computing anything.
+def plan(
+    recipe: Path,
+    to: Path | None,
+    device: str,
+    seconds: float | None,
+    profile: Place | None,
+    save_profile: Path | None,
+    as_json: bool,
+    bandwidth: float | None,
+    **asked: Any,
+) -> None:
+    """Check RECIPE and print units, bytes and time, without computing anything that is kept.
 
-    Counts the corpus's tokens and keeps the counts in the run's folder, so that the run need not count again.
+    Counts the corpus's tokens and keeps the counts in the run's folder, so that the run need not count again. With
+    --measure or --profile also rates, memory, time by workers, the bandwidth that is needed, and whether to store
+    activations, features, or nothing. See docs/planning.md.
     """
     from ..plan import default_folder, make_plan, resolve_device
     from ..progress import progress_for
@@ -26,29 +68,97 @@ def plan(recipe: Path, to: Path | None, device: str) -> None:
     from ..report.estimate import plan_table
     from ..report.tables import console
 
+    if save_profile and not (seconds or profile):
+        raise click.UsageError("--save-profile keeps what --measure or --profile gives: name one of them")
+    if seconds and profile:
+        raise click.UsageError("--measure and --profile both give rates: name one of them")
     specs = read_recipe(recipe)
     with progress_for(console(err=True)) as progress:
         made = make_plan(specs, default_folder(specs, to), resolve_device(device), progress.counted)
-    console().print(plan_table(made))
+    if not as_json:
+        console().print(plan_table(made))
     made.check_space()
+    if seconds or profile or as_json:
+        taken = _profile(made, seconds, profile)
+        if taken and save_profile:
+            from ..profile import save_profile as save
+
+            save(taken, save_profile)
+        _forecast(made, taken, bandwidth, as_json, **asked)
+
+
+def _profile(made: Plan, seconds: float | None, source: Place | None) -> Profile | None:
+    """The profile that is asked for, measured or opened, if it is the plan's."""
+    from ..measuring import measure
+    from ..profile import open_profile
+    from ..stopping import Stopped, stop_on_signals
+
+    if source:
+        found = open_profile(source)
+        found.check(made, str(source))
+        return found
+    if not seconds:
+        return None
+    with stop_on_signals() as stop:
+        try:
+            return measure(made, seconds, stop)
+        except Stopped:
+            click.echo("Interrupted. What was measured is dropped.", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def _forecast(
+    made: Plan,
+    profile: Profile | None,
+    bandwidth: float | None,
+    as_json: bool,
+    *,
+    workers: tuple[int, ...],
+    passes: int,
+    gpu_price: float | None,
+    storage_price: float | None,
+    months: float,
+) -> None:
+    from ..report.costs import Prices
+    from ..report.forecast import WORKERS, Assumptions, forecast
+    from ..report.forecast_tables import forecast_tables
+    from ..report.tables import console
+
+    priced = gpu_price is not None or storage_price is not None
+    asked = Assumptions(
+        workers=workers or WORKERS,
+        passes=passes,
+        bandwidth=None if bandwidth is None else bandwidth * 1e6,
+        prices=Prices(storage=storage_price or 0.0, gpu=gpu_price or 0.0, months=months) if priced else None,
+    )
+    found = forecast(made, profile, asked)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        console().print("", forecast_tables(found), sep="\n", highlight=False)
 
 
 @click.command()
 @RECIPE
 @TO
 @DEVICE
+@click.option("--rank", help="Which of several processes this is, from 0; auto: as Slurm, torchrun or mpirun say.")
+@click.option("--world", type=int, help="How many processes there are; may be another number at every restart.")
+@click.option("--dask", help="Workers: local:N, a scheduler's tcp://…, slurm:N, pbs:N, lsf:N, kubernetes:N.")
 @refuse
-def run(recipe: Path, to: Path | None, device: str) -> None:
+def run(recipe: Path, to: Path | None, device: str, rank: str | None, world: int | None, dask: str | None) -> None:
     """Run RECIPE, or go on where an earlier run of it stopped.
 
-    Ctrl-C and SIGTERM stop cleanly. Exit codes: 0 complete, 75 stopped early (run again), 1 some units failed, 2
-    refused.
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop cleanly. Exit codes: 0 complete, 75 stopped early (run again), 1
+    some units failed, 2 refused.
     """
+    from ..executors import executor_for
     from ..progress import progress_for
     from ..report.tables import console, outcome_text
     from ..run import run as run_recipe
 
-    outcome = run_recipe(recipe, to, device=device, progress=progress_for(console(err=True)))
+    executor = executor_for(dask=dask, rank=rank, world=world)
+    outcome = run_recipe(recipe, to, device=device, progress=progress_for(console(err=True)), executor=executor)
     console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
     sys.exit(outcome.code)
 

@@ -9,16 +9,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from ...stores.errors import SchemaError
+from ...stores.places import Place, place
 from ..exit_codes import FAILED, INTERRUPTED, REFUSED
+from ..report.printable import printable
 
 if TYPE_CHECKING:
     from ...stores.store import Store
 
-RUN = click.argument("run", type=click.Path(path_type=Path))
+
+class PlaceType(click.ParamType):  # type: ignore[type-arg]
+    """A folder of this machine, or an address in an object store."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return click.Path().shell_complete(ctx, param, incomplete)
+
+    def convert(self, value: str | Place, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        try:
+            return place(value)
+        except SchemaError as error:
+            self.fail(str(error), param, ctx)
+
+
+RUN = click.argument("run", type=PlaceType())
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 TO = click.option(
-    "--to", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME of the recipe]"
+    "--to", type=PlaceType(), help="Folder of the run, or s3://…, gs://…, az://…  [default: runs/NAME of the recipe]"
 )
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto for the best there is."
@@ -26,9 +46,12 @@ DEVICE = click.option(
 
 
 class Refusal(click.ClickException):
-    """Something the user can mend: one message, no traceback."""
+    """Something the user can mend: one message, no traceback. What it quotes may come from anywhere."""
 
     exit_code = REFUSED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, lines=True, most=20_000))
 
 
 class Broken(Refusal):
@@ -48,11 +71,11 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         from ...stages.dictionaries.errors import DictionaryError
         from ...stages.models.errors import HookError, ModelError
-        from ...stores.errors import FULL, CorruptStore, DiskFull, ForebayError
+        from ...stores.errors import FULL, CorruptStore, DiskFull, ForebayError, StorageError
 
         try:
             return command(*args, **kwargs)
-        except (DiskFull, CorruptStore) as error:
+        except (DiskFull, CorruptStore, StorageError) as error:
             raise Broken(str(error)) from error
         except (ForebayError, ModelError, HookError, DictionaryError) as error:
             raise Refusal(str(error)) from error
@@ -68,7 +91,7 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def stores_of(run: Path) -> list[Store]:
+def stores_of(run: Place) -> list[Store]:
     """The stores of a run. StoreNotFound if there is none, so that no wrong path is taken for a run that is whole."""
     from ...stores.errors import StoreNotFound
     from ...stores.tree import run_stores

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from ...stages.accessors import FeaturesAccessor
 from ...stages.analyze.dictionary_fit import dictionary_fit
 from ...stores.errors import SchemaError
 from ...stores.features import Features
+from ...stores.places import Place
 from ...stores.tree import open_run
 
 RARE, COMMON = 1e-4, 1e-2
@@ -30,7 +30,7 @@ class FeatureReport:
     contexts: xr.Dataset
 
 
-def feature_report(run: Path, name: str | None, features: Sequence[int], n: int, window: int) -> FeatureReport:
+def feature_report(run: Place, name: str | None, features: Sequence[int], n: int, window: int) -> FeatureReport:
     """Fit, statistics and the `n` strongest contexts of `features` of a run, or of five that say something.
 
     `name` may be left out where the run has one dictionary. SchemaError for what is not there.
@@ -42,7 +42,7 @@ def feature_report(run: Path, name: str | None, features: Sequence[int], n: int,
     return FeatureReport(found.name, fit, statistics, found.top_contexts(chosen, n=n, window=window))
 
 
-def one_of(run: Path, name: str | None) -> Features:
+def one_of(run: Place, name: str | None) -> Features:
     """The features of a name in a run, or those of its only dictionary."""
     accessor: Any = FeaturesAccessor(open_run(run))
     if name is not None:

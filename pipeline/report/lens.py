@@ -12,6 +12,7 @@ import xarray as xr
 from ...stages.analyze.logit_lens import logit_lens
 from ...stores.errors import FingerprintMismatch, SchemaError, nearest
 from ...stores.fingerprint import sha256_files
+from ...stores.places import Place
 from ...stores.tree import open_run
 from ..recipe import Recipe
 
@@ -19,11 +20,12 @@ from ..recipe import Recipe
 class TokenTexts(UserDict[int, str]):
     """Token id → its text, from a run's own tokenizer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         from ...stages.models.tokenizer_json import read_tokenizer
 
         super().__init__()
-        self.tokenizer = read_tokenizer(folder / "tokenizer.json")
+        path = folder / "tokenizer.json"
+        self.tokenizer = read_tokenizer(path if isinstance(path, Path) else path.read_text())
 
     def __missing__(self, token_id: int) -> str:
         self[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
@@ -31,7 +33,7 @@ class TokenTexts(UserDict[int, str]):
 
 
 def lens_of_run(
-    folder: Path,
+    folder: Place,
     *,
     document: int | None,
     sequence: int | None,
@@ -77,11 +79,11 @@ def lens_of_run(
     return lens.compute(), TokenTexts(folder)
 
 
-def _unembedding(folder: Path, run: xr.DataTree) -> Any:
+def _unembedding(folder: Place, run: xr.DataTree) -> Any:
     """The unembedding of the model that made the run. FingerprintMismatch if its files have changed since."""
     from ...stages.models.unembedding import load_unembedding
 
-    recipe = Recipe.from_json(run.attrs["recipe"])
+    recipe = Recipe.from_json(run.attrs.get("recipe"))
     checkpoint = recipe.model.open()
     made_from = run["activations"].attrs["determines"]["files"]
     now = [[path.name, digest] for path, digest in sha256_files(checkpoint.files, folder / "files.json").items()]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from ..progress import duration
-from .status import StepStatus
+from .printable import printable
+from .status import StepStatus, Worker
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 WIDE = 200
 """Columns of a table that goes into a file or a pipe, where there is no edge to wrap at."""
+MOST_WORKERS = 8
+"""Workers that are named in one line."""
 
 
 def size(nbytes: float) -> str:
@@ -34,7 +37,9 @@ def size(nbytes: float) -> str:
 
 
 def status_table(steps: Iterable[StepStatus]) -> RenderableType:
-    """One row a step, and below it the units that failed with their errors."""
+    """One row a step; below it who is at work, the units that failed with their errors, and records that cannot be
+    read.
+    """
     table = Table(box=None, pad_edge=False)
     for name, justify in (
         ("step", "left"),
@@ -45,20 +50,44 @@ def status_table(steps: Iterable[StepStatus]) -> RenderableType:
         ("left", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    failures = []
+    lines = []
     for step in steps:
-        rate = f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "–"
-        left = "done" if step.left == 0 else "?" if step.left is None else duration(step.left)
         table.add_row(
-            step.name,
+            Text(printable(step.name)),
             f"{step.units_done}/{step.units}",
             f"{step.tokens_done:,}/{step.n_token:,}",
             size(step.nbytes),
-            rate,
-            left,
+            f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "–",
+            "done" if step.left == 0 else "?" if step.left is None else duration(step.left),
         )
-        failures += [f"{step.name}: unit {unit} failed: {error}" for unit, error in step.failed.items()]
-    return Group(table, *map(escape, failures))
+        lines += [f"{step.name}: {line}" for line in _below(step)]
+    return Group(table, *(Text(printable(line), overflow="fold") for line in lines))
+
+
+def _below(step: StepStatus) -> Iterator[str]:
+    """What is to be said of a step beside its row."""
+    if step.workers and step.left != 0:
+        yield _at_work(step.workers)
+    for failure in step.failures:
+        times = "failed" if failure.attempts == 1 else f"failed {failure.attempts} times"
+        yield f"unit {failure.unit} {times}: {failure.error} (traceback in {failure.record})"
+    if len(step.failed) > len(step.failures):
+        yield f"{len(step.failed) - len(step.failures):,} more units have failed"
+    yield from step.unreadable
+
+
+def _at_work(workers: Sequence[Worker]) -> str:
+    now = time.time()
+    live = [worker for worker in workers if worker.live]
+    if not live:
+        return f"nobody is at work: {workers[0].name} was seen last, {_ago(now - workers[0].last_seen)}"
+    said = [f"{one.name} ({one.units} units, {_ago(now - one.last_seen)})" for one in live[:MOST_WORKERS]]
+    more = f" and {len(live) - MOST_WORKERS} more" if len(live) > MOST_WORKERS else ""
+    return f"{len(live)} at work: {', '.join(said)}{more}"
+
+
+def _ago(seconds: float) -> str:
+    return f"{duration(max(0.0, seconds))} ago"
 
 
 def lens_table(lens: xr.Dataset, decode: Mapping[int, str]) -> RenderableType:
@@ -98,7 +127,7 @@ def features_text(report: FeatureReport) -> RenderableType:
         f"{int(statistics['dense'].sum()):,} dense",
     ]
     tables = [_contexts_table(report, feature) for feature in report.contexts["feature"].values.tolist()]
-    return Group(*map(Text, lines), *tables)
+    return Group(*(Text(printable(line)) for line in lines), *tables)
 
 
 def _contexts_table(report: FeatureReport, feature: int) -> Table:
@@ -114,11 +143,6 @@ def _contexts_table(report: FeatureReport, feature: int) -> Table:
             before, token, after = (printable(str(row[name].values)) for name in ("text_before", "text", "text_after"))
             table.add_row(f"{float(row['value']):.1f}", Text.assemble(before, (f"[{token}]", "bold"), after))
     return table
-
-
-def printable(text: str) -> str:
-    """Text safe for a terminal: control characters escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def show(decode: Mapping[int, str], token_id: int) -> str:

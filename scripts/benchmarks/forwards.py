@@ -11,10 +11,10 @@ from threading import Event
 
 import torch
 
+from forebay.pipeline.executors.this_process import run_step
 from forebay.pipeline.plan import Plan, make_plan
 from forebay.pipeline.progress import Quiet
 from forebay.pipeline.recipe import parse
-from forebay.pipeline.run import run_step
 from forebay.stages.models.model import Model
 from forebay.stages.models.taps import HookSpec
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.devices import resolve_device
 from ..models.errors import ModelError, nearest
+from ..models.pickles import load_pickled
 from .rnn import AlgZooRNN
 from .spec import RNN, TASKS, AlgZooSpec
 from .transformer import AlgZooTransformer
@@ -67,7 +68,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if path.suffix not in (".pth", ".pkl"):
         raise ModelError(f"{path} is no checkpoint of AlgZoo: .safetensors, .pth and .pkl files are read")
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = load_pickled(path)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's reader lets out whatever a damaged pickle makes happen in it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -78,10 +78,11 @@ def logit_lens(
     following = next_tokens(node)
     outputs: list[list[str]] = [["rank"], ["rank"], [], [], *([] if chosen is None else [["vocab"], ["vocab"]])]
     lens: tuple[xr.DataArray, ...] = xr.apply_ufunc(
-        _Lens(unembedding, top, chosen, softcap),
+        _Lens(top, chosen, softcap),
         value,
         following,
-        input_core_dims=[["d_model"], []],
+        _held(unembedding, value.chunks is not None),
+        input_core_dims=[["d_model"], [], ["held"]],
         output_core_dims=outputs,
         keep_attrs=False,
         dask="parallelized",
@@ -201,33 +202,43 @@ def _chosen(tokens: Sequence[int], n_vocab: int) -> tuple[int, ...]:
     return chosen
 
 
+def _held(unembedding: Unembedding, lazy: bool) -> xr.DataArray:
+    """The unembedding as the one element of an array: lazily a key of its own, so that it reaches each worker of a
+    cluster once, and not with every block.
+    """
+    box = np.empty(1, dtype=object)
+    box[0] = unembedding
+    # Dask would pickle all of it to find a name for it.
+    return xr.DataArray(
+        da.from_array(box, chunks=-1, name=f"unembedding-{uuid.uuid4().hex}") if lazy else box, dims="held"
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lens:
     """The lens on one block."""
 
-    unembedding: Unembedding
     top: int
     tokens: tuple[int, ...] | None
     softcap: bool
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def __dask_tokenize__(self) -> str:
-        return self.token  # dask would pickle all of the unembedding to find a name for it
-
-    def __call__(self, resid: NDArray[Any], following: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+    def __call__(
+        self, resid: NDArray[Any], following: NDArray[np.int64], held: NDArray[Any]
+    ) -> tuple[NDArray[Any], ...]:
         """Of resid [..., token, d_model] and following [token] or its broadcast, as torch sees it, some rows at a
-        time.
+        time, through the unembedding that is `held`.
         """
         import torch
 
+        unembedding: Unembedding = held.flat[0]
         lead = resid.shape[:-1]
         rows = torch.from_numpy(np.array(resid, dtype=np.float32, order="C")).reshape(-1, resid.shape[-1])
         wanted = torch.from_numpy(np.array(np.broadcast_to(following, lead))).reshape(-1)
-        step = max(1, AT_ONCE // self.unembedding.weight.shape[0])
+        step = max(1, AT_ONCE // unembedding.weight.shape[0])
         with torch.inference_mode():
             columns: list[Tensor] = []
             for first in range(0, max(len(rows), 1), step):
-                found = self._rows(rows[first : first + step], wanted[first : first + step])
+                found = self._rows(unembedding, rows[first : first + step], wanted[first : first + step])
                 if not columns:
                     columns = [part.new_empty((len(rows), *part.shape[1:])) for part in found]
                 # Small results that were kept would each pin the memory of the logits that they were found in.
@@ -235,11 +246,11 @@ class _Lens:
                     column[first : first + step] = part
         return tuple(column.reshape(*lead, *column.shape[1:]).numpy() for column in columns)
 
-    def _rows(self, resid: Tensor, following: Tensor) -> list[Tensor]:
+    def _rows(self, unembedding: Unembedding, resid: Tensor, following: Tensor) -> list[Tensor]:
         import torch
 
-        device = self.unembedding.weight.device
-        logits = self.unembedding.project_to_vocab(resid.to(device), softcap=self.softcap)
+        device = unembedding.weight.device
+        logits = unembedding.project_to_vocab(resid.to(device), softcap=self.softcap)
         following = following.to(device)
         normalizer = logits.logsumexp(-1, keepdim=True)
         strongest = logits.topk(self.top)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ...stores.fingerprint import differences
 from ...stores.ledger import read_json, write_atomic
+from ...stores.object_paths import ObjectPath
+from ...stores.places import Place, place
 from ..models.devices import resolve_device
 from ..models.points import HookPoint
 from ..train import Training
@@ -64,8 +66,8 @@ class Stopped(Exception):
 
 def train(
     training: Training,
-    source: "str | Path | Batches",
-    folder: str | Path,
+    source: "str | Place | Batches",
+    folder: "str | Place",
     *,
     device: str = "auto",
     progress: Callable[[Metrics], None] = lambda metrics: None,
@@ -85,7 +87,7 @@ def train(
     training.check()
     batches, held_out = _split(_batches(training, source), training)
     how, n_step = _settings(training, batches), training.steps(batches.n_batch)
-    folder, on = Path(folder), resolve_device(device)
+    folder, on = Path(place(folder)), resolve_device(device)
     _remember(folder, training, batches)
     state = _state(training, batches, how, folder / CHECKPOINT, on)
     rows = iter(replace(batches, start=batches.start + state.step))
@@ -110,13 +112,13 @@ def train(
     return _finish(folder, state, training, batches, held_out)
 
 
-def _batches(training: Training, source: "str | Path | Batches") -> "Batches":
+def _batches(training: Training, source: "str | Place | Batches") -> "Batches":
     names = tuple(str(HookPoint.parse(hook)) for hook in (training.hook, training.hook_out) if hook is not None)
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | ObjectPath):
         from ...stores.batches import Batches
 
         return Batches(
-            run=Path(source),
+            run=source,
             hooks=names,
             batch=training.batch,
             seed=training.seed,

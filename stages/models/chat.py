@@ -20,6 +20,7 @@ DEFAULT = "default"
 """The name of a model's only template, and of the one that is taken where none is asked for."""
 
 _TOOL_USE = "tool_use"
+_MOST_PRODUCT = 2**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +139,7 @@ def _compiled(template: str) -> "jinja2.Template":
 @functools.cache
 def _environment() -> "jinja2.Environment":
     from jinja2 import nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -151,14 +153,30 @@ def _environment() -> "jinja2.Environment":
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    class Bounded(ImmutableSandboxedEnvironment):
+        """Without products that take a line to ask for and all the memory to give."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if _size_of(operator, left, right) > _MOST_PRODUCT:
+                raise SecurityError(f"it asks for a product of more than {_MOST_PRODUCT:,} parts")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_namespace_kind(), dict=_dictionary
     )
     return environment
+
+
+def _size_of(operator: str, left: Any, right: Any) -> int:
+    """How large a product would be: characters, items, or bits of a number."""
+    if operator == "**":
+        return left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+    sizes = [len(one) if isinstance(one, str | list | tuple) else one for one in (left, right)]
+    return sizes[0] * sizes[1] if sizes != [left, right] and all(isinstance(n, int) for n in sizes) else 0
 
 
 def _namespace_kind() -> type:

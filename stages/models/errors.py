@@ -1,7 +1,11 @@
 """What the model side refuses with, and how it suggests what was probably meant."""
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+_LONGEST, _MOST_CHOICES = 200, 10_000
+"""Comparing words takes the product of their lengths."""
 
 
 class ModelError(ValueError):
@@ -18,5 +22,6 @@ class UnverifiedModelWarning(UserWarning):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Give `" Did you mean 'x'?"` for the choice most like `word`, or the empty string where none is close."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    known = list(itertools.islice(choices, _MOST_CHOICES)) if len(word) <= _LONGEST else []
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+MOST_HEADER_BYTES = 100_000_000
+"""Of JSON that is read whole; of a safetensors file's header it is the safetensors library's own limit."""
 
 
 def open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
@@ -106,14 +108,14 @@ def tensor_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
             raise ModelError(f"{path} is no safetensors file, or its header is cut off after {size} bytes")
         try:
             header = json.loads(file.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ModelError(f"the header of {path} cannot be read: {error}") from error
     if size < 8 + length + end:
         raise ModelError(f"{path} is cut off: its header promises {8 + length + end} bytes and it has {size}")
@@ -126,9 +128,12 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     if index.exists():
         try:
             names = sorted(set(_json(index)["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
             absent = [name for name in names if not (folder / name).is_file()]
         except (KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} has no weight_map that gives the file of every tensor") from error
+        if outside:
+            raise ModelError(f"{index} names {outside[0]!r}, which is not a file of the folder itself")
         if absent:
             raise ModelError(f"{index} names {', '.join(absent)}, which the folder does not hold")
         return [folder / name for name in names], [index]
@@ -145,10 +150,14 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _json(path: Path) -> Any:
     try:
+        if (size := path.stat().st_size) > MOST_HEADER_BYTES:
+            raise ModelError(f"{path} has {size:,} bytes; at most {MOST_HEADER_BYTES:,} are read")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent} holds no {path.name}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no JSON object")

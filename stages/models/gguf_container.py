@@ -20,6 +20,7 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS = 4
+_MOST_VALUES = 2**26
 _DEFAULT_ALIGNMENT = 32
 _DAMAGED = (struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError, MemoryError, RecursionError)
 
@@ -117,6 +118,8 @@ class _Cursor:
         if kind != _ARRAY:
             return self.scalar(_SCALARS[kind])
         inner, length = self.scalar("I"), self.scalar("Q")
+        if length > _MOST_VALUES:
+            raise OverflowError(f"an array of {length:,} values, of which at most {_MOST_VALUES:,} are read")
         if inner in (_STRING, _ARRAY):
             return [self.value(inner) for _ in range(length)]
         layout = f"<{length}{_SCALARS[inner]}"

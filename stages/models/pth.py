@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, Vocabulary
 from .errors import ModelError
 from .families.layout import match_tensors
 from .families.rwkv import published
+from .pickles import load_pickled
 from .world import world_vocabulary
 from .world_files import world_file_of
 
@@ -53,7 +54,7 @@ def _tensors(path: Path) -> "dict[str, torch.Tensor]":
     import torch
 
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        held = load_pickled(path, mapped=_is_zip(path))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's reader lets out whatever a damaged pickle makes happen in it

@@ -17,7 +17,7 @@ def read_tokenizer(source: str | Path) -> Tokenizer:
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         values = json.loads(text) if f'"{KIND}"' in text else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{where} cannot be read: {error}") from error
     if isinstance(values, dict) and values.get("type") == KIND:
         return world_tokenizer_of(values, where)

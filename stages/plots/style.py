@@ -68,7 +68,8 @@ def drawable(text: str) -> str:
     number.
     """
     known = _glyphs()
-    shown = "".join(ch if ord(ch) in known or ch == "\n" else f"\\u{ord(ch):04x}" for ch in text)
+    seen = (ch if (ord(ch) in known and ch.isprintable()) or ch == "\n" else f"\\u{ord(ch):04x}" for ch in text)
+    shown = "".join(seen)
     return shown.replace("$", r"\$")
 
 

@@ -15,6 +15,7 @@ from forebay.stages.analyze.tokens import as_run
 from forebay.stages.models.forward import Forward
 from forebay.stages.models.model import Model
 
+from ..models.rwkv_edits import Rwkv
 from .decomposed_families import CHOSEN, HOOKS, ROWS, ByHand, by_hand, load_both
 
 
@@ -90,3 +91,9 @@ def captures(forward: Forward) -> xr.DataTree:
 @pytest.fixture(scope="module")
 def expected(both: tuple[PreTrainedModel, Model]) -> ByHand:
     return by_hand(both[0])
+
+
+@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
+def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
+    """A random recurrent model, of each version in turn."""
+    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))

@@ -190,11 +190,6 @@ def test_the_neurons_told_are_those_that_add_or_take_away_most(captures: xr.Data
 # ── recurrent models ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
-def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
-    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))
-
-
 def test_logits_of_recurrent_models_are_sums_too(rwkv: Rwkv) -> None:
     model, last = rwkv.model, rwkv.model.spec.n_layers - 1
     kinds = "{rwkv.hook_z,mlp.hook_post,hook_mlp_out,hook_resid_post}"

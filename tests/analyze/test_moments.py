@@ -20,7 +20,7 @@ from forebay.stages.analyze.similarity import linear_cka
 from forebay.stages.analyze.statistics import mean_by
 from forebay.stores.errors import SchemaError
 
-from .laziness import forbidden
+from .laziness import forbidden, watched
 
 
 def make_node(value: NDArray[Any], dims: tuple[str, ...] = ("layer", "token", "d_model")) -> xr.Dataset:
@@ -217,17 +217,8 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
 
 
 def test_every_chunk_is_read_once() -> None:
-    read: list[tuple[int, ...]] = []
     value = np.random.default_rng(11).normal(size=(2, 60, 3))
-
-    def block(block_info: Any = None) -> NDArray[Any]:
-        place = tuple(slice(*span) for span in block_info[None]["array-location"])
-        read.append(tuple(span.start for span in place))
-        return value[place]
-
-    import dask.array as da
-
-    lazy = da.map_blocks(block, chunks=((1, 1), (9,) * 6 + (6,), (3,)), dtype=float, meta=np.empty((0, 0, 0)))
+    lazy, read = watched(value, ((1, 1), (9,) * 6 + (6,), (3,)))
     node = make_node(value).assign(value=(("layer", "token", "d_model"), lazy))
     check(moments(node, skip_positions=0).compute(), value[1], layer=1)
     assert sorted(read) == [(layer, start, 0) for layer in range(2) for start in range(0, 60, 9)]

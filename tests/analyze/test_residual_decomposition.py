@@ -133,11 +133,6 @@ def test_an_unembedding_serves_but_leaves_biases_where_they_are(
 # ── recurrent models ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module", params=[6, 7], ids=["RWKV-6", "RWKV-7"])
-def rwkv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
-    return Rwkv.make(request.param, tmp_path_factory.mktemp("rwkv"))
-
-
 def test_heads_and_neurons_of_recurrent_models(rwkv: Rwkv) -> None:
     """By the tensors under their authors' names; in RWKV-6 the receptance multiplies what neurons write."""
     model, last = rwkv.model, rwkv.model.spec.n_layers - 1

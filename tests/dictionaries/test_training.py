@@ -384,7 +384,7 @@ def test_a_feature_that_has_not_fired_for_long_is_trained_on_what_is_left_over()
 
 @pytest.mark.parametrize("activation", KINDS)
 def test_the_features_that_made_the_data_are_found(activation: str, known: Known, tmp_path: Path) -> None:
-    training = spec(activation=activation, n_batch=600, dead_after=20_000, validation=0.1)
+    training = spec(activation=activation, n_batch=400, dead_after=20_000, validation=0.1)
     dictionary = train(training, known.run, tmp_path / "out", device="cpu")
     assert mean_max_cosine(known.atoms, dictionary.W_dec) > 0.9
     held_out = json.loads((tmp_path / "out/evaluation.json").read_text())
@@ -393,7 +393,7 @@ def test_the_features_that_made_the_data_are_found(activation: str, known: Known
 
 
 def test_a_transcoder_finds_the_features_in_what_it_predicts(known: Known, tmp_path: Path) -> None:
-    training = spec(hook_out=MLP_OUT, activation="batchtopk", n_batch=600, dead_after=20_000, validation=0.1)
+    training = spec(hook_out=MLP_OUT, activation="batchtopk", n_batch=400, dead_after=20_000, validation=0.1)
     dictionary = train(training, known.run, tmp_path / "out", device="cpu")
     assert (dictionary.d_in, dictionary.d_out, dictionary.b_in) == (D, D_OUT, None)
     assert (dictionary.hook, dictionary.hook_out) == (RESID, MLP_OUT)

@@ -236,6 +236,15 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """By a name, a family and a configuration of it."""
 
+_OF_ROTATIONS = {"rope_parameters", "max_position_embeddings", "original_max_position_embeddings"}
+STRUCTURES = tuple(
+    f"{family}: {name}"
+    for family in SIZES
+    for name, odd in {AS_IT_IS: {}, **ODD[family]}.items()
+    if not odd or odd.keys() - _OF_ROTATIONS - {"tie_word_embeddings"}
+)
+"""Variants that differ from their family in more than how queries and keys are turned."""
+
 WITHOUT_EFFECT = frozenset(
     {
         "qwen2: a window that is not used",

@@ -15,7 +15,7 @@ from forebay.stages.models.model import Model
 from forebay.stages.models.points import HookPoint
 from forebay.stages.models.taps import HookSpec
 
-from .families import AS_IT_IS, SIZES
+from .families import AS_IT_IS, SIZES, STRUCTURES
 
 TOKENS = torch.randint(0, 101, (2, 19), generator=torch.Generator().manual_seed(4))  # longer than every window
 
@@ -50,6 +50,7 @@ def test_an_activation_replaced_by_itself_changes_no_bit(loaded: Model) -> None:
             )
 
 
+@pytest.mark.parametrize("variant", STRUCTURES, indirect=True)
 def test_a_change_of_the_last_position_changes_its_logits_and_those_of_no_other(ours: Model) -> None:
     """In one batch, in which every point is changed in a sequence of its own."""
     points = [point for point in points_of(ours) if "position" in point.dims]
@@ -66,6 +67,7 @@ def test_a_change_of_the_last_position_changes_its_logits_and_those_of_no_other(
         assert not torch.allclose(changed[row, -1], plain[row, -1], rtol=1e-3, atol=1e-4), point
 
 
+@pytest.mark.parametrize("variant", STRUCTURES, indirect=True)
 def test_a_knocked_out_edge_has_weight_zero_and_a_lone_query_attends_to_nothing(ours: Model) -> None:
     hooks = (
         HookSpec()

@@ -10,6 +10,8 @@ from forebay.stages.models.errors import ModelError
 from forebay.stages.models.model import Model
 from forebay.stages.models.taps import HookSpec
 
+from .families import STRUCTURES
+
 TOKENS = torch.randint(0, 101, (2, 15), generator=torch.Generator().manual_seed(8))
 
 
@@ -17,6 +19,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", STRUCTURES, indirect=True)
 def test_views_multiply_as_the_forward_does(ours: Model) -> None:
     out, views, spec = ours.forward(TOKENS, HookSpec().capture("*", "blocks.*.attn.hook_result")), ours.views, ours.spec
     for layer in range(spec.n_layers):

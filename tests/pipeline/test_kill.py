@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from forebay.stores.ledger import Ledger
 from forebay.stores.store import Store
 
 STEPS = ("tokens", "activations")
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
@@ -113,3 +117,50 @@ def test_killed_three_times_through_the_command_line(
     whole = fork_run(recipe, tmp_path / "uninterrupted")
     whole.join()
     assert data(folder) == data(tmp_path / "uninterrupted")
+
+
+# ── the kill matrix, which scripts/torture runs at length ────────────────────────────────────────────────────────────
+
+
+def test_some_kills_of_some_ranks_whose_number_changes_lose_and_double_nothing(
+    fork_run: Callable[[Path, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    kills, material = (importlib.import_module(f"faults.{name}") for name in ("kills", "material"))
+    matrix = kills.Matrix(material.make(tmp_path, 12), tmp_path, "ranks", random.Random(2))
+    matrix.measure()
+    tally = matrix.torture(5)
+    assert tally.n_kill >= 5
+    assert tally.runs >= 1
+    assert tally.verified > 0
+
+
+def test_a_run_that_lost_a_row_or_changed_a_byte_does_not_pass_for_whole(
+    fork_run: Callable[[Path, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the matrix can fail."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    kills, material = (importlib.import_module(f"faults.{name}") for name in ("kills", "material"))
+    matrix = kills.Matrix(material.make(tmp_path, 6), tmp_path, "process", random.Random(2))
+    matrix.measure()
+    whole = tmp_path / "uninterrupted"
+    shard = next((whole / "activations" / "data.zarr" / "hook_resid_post").rglob("c/*/0/0"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(kills.Torn, match="its bytes have changed"):
+        kills.check_recorded(whole)
+    with pytest.raises(kills.Torn, match="1 files differ from the uninterrupted run"):
+        kills.check_whole(whole, matrix.expected)
+    shard.write_bytes(content)
+    Ledger(whole / "activations").drop(1)
+    with pytest.raises(kills.Torn, match="activations: unit 1: it is not recorded"):
+        kills.check_whole(whole, matrix.expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["process", "ranks", "dask"])
+def test_a_hundred_kills_of_each_executor_lose_and_double_nothing(executor: str, tmp_path: Path) -> None:
+    options = ("--executor", executor, "--kills", "100", "--documents", "12", "--in", tmp_path)
+    done = subprocess.run([sys.executable, SCRIPTS / "torture", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no row lost or double" in done.stdout

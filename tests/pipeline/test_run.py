@@ -390,10 +390,10 @@ def test_a_failure_to_write_is_the_units_own(
     recipe, folder = make_recipe(), tmp_path / "run"
     write, broken = Store.write_rows, {2: OSError(5, "Input/output error")}
 
-    def sometimes(self: Store, path: str, rows: Any, values: Any) -> None:
+    def sometimes(self: Store, path: str, rows: Any, values: Any) -> dict[str, dict[str, Any]]:
         if self.name == "activations" and rows["token"].start // 64 in broken:
             raise broken[rows["token"].start // 64]
-        write(self, path, rows, values)
+        return write(self, path, rows, values)
 
     monkeypatch.setattr(Store, "write_rows", sometimes)
     outcome = forebay.run(recipe, folder)

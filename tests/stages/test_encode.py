@@ -75,10 +75,13 @@ def write(
 
 @pytest.fixture
 def encoded(make_recipe: MakeRecipe, tmp_path: Path) -> Encoded:
-    """Runs a recipe with the encode tables given into a folder of its own, which it gives."""
+    """Runs a recipe with the encode tables given into a folder of its own, which it gives. Captures in few units, whose
+    edges are not those of features.
+    """
 
-    def run(name: str, encode: dict[str, dict[str, Any]], **tables: Any) -> Path:
-        outcome = forebay.run(make_recipe(name, encode=encode, **tables), tmp_path / name)
+    def run(name: str, encode: dict[str, dict[str, Any]], capture: dict[str, Any] | None = None, **tables: Any) -> Path:
+        held = {"unit_tokens": 208, **(capture or {})}
+        outcome = forebay.run(make_recipe(name, encode=encode, capture=held, **tables), tmp_path / name)
         assert outcome.code == 0
         return outcome.folder
 
@@ -216,7 +219,7 @@ def write_clt(folder: Path, layers: int = 3) -> list[tuple[NDArray[np.float64], 
 @pytest.mark.parametrize("fused", [False, True], ids=["stored", "fused"])
 def test_a_cross_layer_transcoder_fills_a_group_a_layer(encoded: Encoded, tmp_path: Path, fused: bool) -> None:
     weights = write_clt(tmp_path / "clt")
-    table = {"dictionary": str(tmp_path / "clt"), "unit_tokens": 48, "fused": fused}
+    table = {"dictionary": str(tmp_path / "clt"), "unit_tokens": 112, "fused": fused}
     some = {**table, "layers": [2, 0]}
     folder = encoded("run", {"clt": table, "some": some}, capture={"hooks": ["blocks.*.hook_resid_mid"]})
     for layer, (W_enc, b_enc) in enumerate(weights):
@@ -261,7 +264,7 @@ def test_tokens_on_which_nothing_fires_have_no_features(encoded: Encoded, tmp_pa
     silent = {name: value.astype(np.float32) for name, value in weights.tensors.items()}
     silent["threshold"] = np.full(FEATURES, 1e9, dtype=np.float32)
     save_file(silent, weights.folder / "sae_weights.safetensors")
-    folder = encoded("run", {"sae": {"dictionary": str(weights.folder), "unit_tokens": 16}})
+    folder = encoded("run", {"sae": {"dictionary": str(weights.folder), "unit_tokens": 48}})
     assert not dense(folder, "sae").any()
     assert Store.open(folder / "features-sae").verify() == {}
 
@@ -299,7 +302,7 @@ def test_another_dictionary_in_the_same_folder_is_refused(
         {name: 2 * value.astype(np.float32) for name, value in weights.tensors.items()},
         weights.folder / "sae_weights.safetensors",
     )
-    recipe = make_recipe("run", encode={"sae": {"dictionary": str(weights.folder)}})
+    recipe = make_recipe("run", capture={"unit_tokens": 208}, encode={"sae": {"dictionary": str(weights.folder)}})
     with pytest.raises(forebay.stores.errors.FingerprintMismatch, match=r"features-sae was made by another recipe"):
         forebay.run(recipe, folder)
 
@@ -353,7 +356,7 @@ def test_a_unit_with_more_features_than_there_is_room_for_fails_and_says_so(
     texts = ["It is a truth universally acknowledged. " * 12] * 60
     weights = write(tmp_path / "sae", "standard")
     table = {"dictionary": str(weights.folder), "most_active": 1}
-    recipe = make_recipe(texts=texts, encode={"sae": {**table, "unit_tokens": 2**14}})
+    recipe = make_recipe(texts=texts, capture={"unit_tokens": 2**14}, encode={"sae": {**table, "unit_tokens": 2**14}})
     outcome = forebay.run(recipe, tmp_path / "run")
     assert outcome.code == 1
     said = [json.loads(path.read_text())["error"] for step in outcome.steps for path in step.failed.values()]

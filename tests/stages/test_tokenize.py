@@ -291,10 +291,11 @@ def test_units_change_nothing(tiny_model: Path, texts: list[str], tmp_path: Path
     stage = Tokenize(
         model=ModelSource(source=str(tiny_model)), context=16, layout=layout, long_documents="split", prepend_bos=True
     )
-    whole = tokenize(stage, texts, tmp_path)
+    some = texts[:7]
+    whole = tokenize(stage, some, tmp_path)
     assert len(whole.schema.grid) == 1
     for unit_tokens in (16, 64) if layout == "packed" else (1, 7, 100):
-        cut = tokenize(replace(stage, unit_tokens=unit_tokens), texts, tmp_path)
+        cut = tokenize(replace(stage, unit_tokens=unit_tokens), some, tmp_path)
         assert len(cut.schema.grid) == -(-whole.schema.n_token // unit_tokens) > 1
         for name, column in whole.columns.items():
             np.testing.assert_array_equal(cut.columns[name], column)

@@ -10,6 +10,7 @@ ones; here they are absent. And TransformerLens' `ln2.hook_normalized` lies behi
 that of an RMSNorm; here it lies before both, which is what sets of models with RMSNorm mean.
 """
 
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -33,6 +34,7 @@ from .stored import Stored, finite, npz_headers, safetensors_headers
 
 MOST_CONFIG_BYTES = 2**20
 MOST_LAYERS = 1024
+MOST_DEPTH = 64
 
 _REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)/(?P<path>[\w./=+-]+)(?:\?revision=(?P<revision>[\w./-]+))?")
 _ACTIVATIONS: Mapping[Any, Kind] = {"relu": "relu", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
@@ -311,13 +313,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     if path.stat().st_size > MOST_CONFIG_BYTES:
         raise DictionaryError(f"{path} is larger than {MOST_CONFIG_BYTES:,} bytes, as no configuration is")
+    text = path.read_bytes()
+    if _deepest(text) > MOST_DEPTH:  # which takes YAML's reader the square of it
+        raise DictionaryError(f"{path} has lists or tables more than {MOST_DEPTH} deep")
     try:
-        config = yaml.safe_load(path.read_bytes())
+        # A few kilobytes of aliases of aliases would be gigabytes once they are written out.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise DictionaryError(f"{path} has aliases, which stand for other parts of it; write the values out")
+        config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, DictionaryError):
+            raise
         raise DictionaryError(f"{path} is not readable as YAML of plain values: {error}") from error
     if not isinstance(config, dict):
         raise DictionaryError(f"{path} holds {type(config).__name__}; a table was expected")
     return config
+
+
+def _deepest(text: bytes) -> int:
+    """How many brackets are open at most."""
+    steps = (1 if one in b"[{" else -1 for one in text if one in b"[]{}")
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _activation(config: Mapping[str, Any], thresholds: Collection[str], place: Place) -> tuple[Kind, int | None]:
@@ -362,7 +378,7 @@ def _listed(listed: Any, place: Place) -> tuple[_File, ...]:
             key = match["repo"], match["revision"]
             places[key] = places.get(key) or find(f"hf://{key[0]}", key[1])
         file = _File(places[key], match["path"]) if match is not None else _File(place, str(entry))
-        if file.name not in file.place.names:
+        if not isinstance(entry, str) or file.name not in file.place.names:
             raise DictionaryError(
                 f"{place.source}: {CONFIG} lists {entry!r}, which is no file of {file.place.source}; references are "
                 f"hf://org/repo/path?revision=…, or files of the folder itself.{nearest(file.name, file.place.names)}"

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Collection
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...models.errors import nearest
+from ...models.pickles import load_pickled
 from ..errors import DictionaryError
 from ..place import Place
 
@@ -58,11 +60,17 @@ class Format:
     write: "Callable[[Dictionary | TranscoderSet, Path], None] | None" = None
 
 
+MOST_JSON_BYTES = 2**28
+"""Of a configuration, or of statistics beside one."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. DictionaryError if it is damaged or something else."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise DictionaryError(f"{path} has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read as a configuration")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DictionaryError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise DictionaryError(f"{path} holds {type(value).__name__}; a JSON object was expected")
@@ -84,7 +92,7 @@ def read_pickled(path: Path) -> Any:
     DictionaryError if it is damaged, or names anything that only running code from the file could make.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_pickled(path)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's reader lets out whatever a damaged pickle makes happen in it
@@ -97,6 +105,8 @@ def read_pickled(path: Path) -> Any:
         raise DictionaryError(f"{path} is no file of torch's, or it is damaged: {said}") from error
 
 
+NO_ARRAY = (zipfile.BadZipFile, ValueError, EOFError, TypeError, KeyError, SyntaxError, tokenize.TokenError)
+"""What is raised for what is no .npz file; numpy reads an array's header as Python's text, of literals only."""
 MOST_NPZ_BYTES = 2**36
 MOST_NPZ_RATIO = 100
 """How many times larger an array may be than it is packed, from 64 MiB on: weights hardly pack at all."""
@@ -116,7 +126,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 _check_array(archive, entry)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.asarray(arrays[name], order="C")) for name in arrays.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, TypeError, KeyError, RuntimeError) as error:
+    except (*NO_ARRAY, zlib.error, RuntimeError) as error:
         if isinstance(error, DictionaryError):
             raise
         raise DictionaryError(f"{path} is no .npz file of plain arrays, or it is damaged: {error}") from error

@@ -7,6 +7,7 @@ safetensors library maps them so that they could be written, which the system re
 import json
 import math
 import struct
+import tokenize
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from ..errors import DictionaryError
 MOST_HEADER_BYTES = 100_000_000
 """The longest header of a safetensors file, which is the safetensors library's own limit."""
 _READ_AT_ONCE = 2**24
+_NO_HEADER = (SyntaxError, tokenize.TokenError, RuntimeError, OSError)
+"""What is raised for an array's header that is none, which numpy reads as Python's text, of literals only."""
 
 _SAFETENSORS = {
     "F64": torch.float64,
@@ -163,7 +166,7 @@ def npz_headers(path: Path) -> dict[str, Stored]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()
             return {entry.filename.removesuffix(".npy"): _stored_array(path, entry, file) for entry in entries}
-    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, KeyError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, KeyError, struct.error, *_NO_HEADER) as error:
         if isinstance(error, DictionaryError):
             raise
         raise DictionaryError(f"{path} is no .npz file of plain arrays, or it is damaged: {error}") from error
@@ -184,7 +187,7 @@ def _stored_array(path: Path, entry: zipfile.ZipInfo, file: BinaryIO) -> Stored:
     if dtype.str not in _NUMPY:
         raise DictionaryError(f"{path}: {name} is of dtype {dtype}; known are {', '.join(_NUMPY)}")
     offset, expected = file.tell(), math.prod(shape) * dtype.itemsize
-    if begin + entry.file_size != offset + expected:
+    if any(n < 0 for n in shape) or begin + entry.file_size != offset + expected:
         raise ValueError(f"{name} of shape {shape} takes {entry.file_size} bytes")
     stored = Stored(path=path, name=name, offset=offset, shape=shape, dtype=_NUMPY[dtype.str])
     return replace(stored, transposed=transposed and len(shape) > 1)

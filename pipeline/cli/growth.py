@@ -1,0 +1,31 @@
+"""Commands that make runs larger."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from .shared import RUN, refuse
+
+
+@click.command()
+@RUN
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--device", help="As in `forebay run`.  [default: the device that the run was made on]")
+@refuse
+def append(run: Path, files: tuple[Path, ...], device: str | None) -> None:
+    """Put corpus FILES behind those of RUN and compute what is new: the run grows where it lies.
+
+    What it holds then is what its recipe would have made of all files at once. Killed or stopped early (exit code 75),
+    it goes on when the same command is run again. Without FILES it goes on with what was begun. Put FILES into the
+    recipe, too, if you mean to run that again.
+    """
+    from ..appending import append as append_files
+    from ..progress import progress_for
+    from ..report.tables import console, outcome_text
+
+    outcome = append_files(run, files, device=device, progress=progress_for(console(err=True)))
+    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
+    sys.exit(outcome.code)

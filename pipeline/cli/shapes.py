@@ -1,0 +1,92 @@
+"""Commands that make one run of several, a part of one, or less of one."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ...stores.places import Place
+from .shared import RUN, PlaceType, refuse
+
+
+@click.command()
+@click.argument("out", type=PlaceType())
+@click.argument("runs", type=PlaceType(), nargs=-1, required=True)
+@click.option("--steps", help="Only these steps, as in tokens,activations.  [default: all]")
+@refuse
+def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
+    """Write RUNS end to end as one run in OUT, or go on with it. Sequences and documents are numbered through.
+
+    Runs of other hook points, layers, models, tokenizers or dtypes are refused by name. Everything that is read is
+    verified. Exit codes as of `forebay run`. In Python, forebay.concat([...]) reads runs as one without a copy.
+    """
+    from ..combining import export as write
+    from ..progress import progress_for
+    from ..report.tables import console, outcome_text
+
+    chosen = steps.split(",") if steps is not None else None
+    outcome = write(runs, out, steps=chosen, progress=progress_for(console(err=True)))
+    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
+    sys.exit(outcome.code)
+
+
+@click.command()
+@RUN
+@click.argument("out", type=PlaceType())
+@click.option("--steps", help="Only these steps, as in tokens,activations.  [default: all]")
+@click.option("--hooks", multiple=True, help="Only these hook points; may be given several times, and have patterns.")
+@click.option("--layers", help="Only these layers, as in 3,7 or 0-5; what has none is kept.")
+@click.option("--documents", help="FIRST:STOP documents by number, STOP left out: the sequences that hold any of them.")
+@click.option("--tokens", help="FIRST:STOP tokens by number, STOP left out: the sequences that hold any of them.")
+@refuse
+def export(
+    run: Place,
+    out: Place,
+    steps: str | None,
+    hooks: tuple[str, ...],
+    layers: str | None,
+    documents: str | None,
+    tokens: str | None,
+) -> None:
+    """Write a part of RUN as a run of its own in OUT, or go on with it.
+
+    Sequences are kept whole. Sequences and documents are numbered from 0 again; documents keep their ids. Everything
+    that is read is verified. Exit codes as of `forebay run`.
+    """
+    from ..combining import export as write
+    from ..combining import parse_layers, parse_range
+    from ..progress import progress_for
+    from ..report.tables import console, outcome_text
+
+    outcome = write(
+        run,
+        out,
+        steps=steps.split(",") if steps is not None else None,
+        hooks=hooks or None,
+        layers=parse_layers(layers) if layers is not None else None,
+        documents=parse_range(documents, "documents") if documents is not None else None,
+        tokens=parse_range(tokens, "tokens") if tokens is not None else None,
+        progress=progress_for(console(err=True)),
+    )
+    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
+    sys.exit(outcome.code)
+
+
+@click.command()
+@RUN
+@click.argument("part")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@refuse
+def delete(run: Place, part: str, yes: bool) -> None:
+    """Delete PART of RUN: a step by the name of its folder (activations, features-NAME), index-NAME or
+    dictionary-NAME. What something unfinished still needs is refused. Not while the run is being written.
+    """
+    from ..deleting import check, deletable, stays
+    from ..deleting import delete as remove
+
+    check(run, part)
+    click.echo(f"{part}: {deletable(run)[part]}\n{stays(run, part)}")
+    if not yes:
+        click.confirm("Delete it?", abort=True)
+    click.echo(f"Deleted {part}: {remove(run, part):,} bytes.")
