@@ -31,6 +31,8 @@ BATCH = {
 """Batch systems by the name of their cluster in dask_jobqueue."""
 KINDS = ("local", *BATCH, "kubernetes")
 
+STARTS = 3
+"""Times that local workers are started before it is given up: one may be killed while it starts."""
 LOCAL_DEATHS, REMOTE_DEATHS = 3, 10
 """Workers that may die with a unit before it is given up. A node that is preempted takes innocent units with it; on one
 machine it is nearly always the unit.
@@ -116,7 +118,15 @@ def _local(n_worker: int) -> Any:
         options = {"nthreads": 1, "memory_limit": 0, "env": {**_threads(n_worker), **env}, "preload": [SETUP]}
         workers[i] = {"cls": Nanny, "options": {**options, "host": "127.0.0.1"}}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-    return SpecCluster(workers=workers, scheduler=scheduler, name=f"forebay-{os.getpid()}")
+    for _ in range(STARTS):
+        try:
+            return SpecCluster(workers=workers, scheduler=scheduler, name=f"forebay-{os.getpid()}")
+        except RuntimeError as error:
+            died = error
+    raise RecipeError(
+        f"--dask local:{n_worker}: workers died while they started, {STARTS} times over ({died}). Start fewer, or run "
+        "without --dask to see why"
+    ) from died
 
 
 def _threads(n_worker: int) -> dict[str, str]:

@@ -93,6 +93,7 @@ def test_killed_twenty_times_at_random_moments(
     assert hits >= 8, f"{hits} of {kills} kills hit the middle of a run of {length:.1f} s"
 
 
+@pytest.mark.slow
 def test_killed_three_times_through_the_command_line(
     recipe: Path, start_forebay: Callable[..., Any], fork_run: Callable[[Path, Path], Any], tmp_path: Path
 ) -> None:
