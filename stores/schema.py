@@ -319,4 +319,4 @@ def check_block(schema: Schema, path: str, dims: Sequence[str], dtype: np.dtype[
 
 def _divisor(size: int, most: int) -> int:
     """The largest divisor of `size` that is at most `most`."""
-    return max(d for d in range(1, min(size, most) + 1) if size % d == 0)
+    return next(d for d in range(min(size, most), 0, -1) if size % d == 0)

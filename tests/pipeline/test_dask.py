@@ -316,6 +316,7 @@ def test_a_batch_system_without_a_description_of_its_jobs_is_refused() -> None:
 # ── lazy analyses under a client ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_what_is_opened_lazily_is_computed_by_processes_as_by_threads(
     client: Any, make_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_watch_lets_pass_what_is_allowed(tmp_path: Path) -> None:
     assert seen(work, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_all_that_is_asked_of_it_stay_in_the_runs_folder(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
