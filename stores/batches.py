@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .chunks import Chunks
+from .chunks import Chunks, decode_into
 from .dtypes import format_of
 from .errors import SchemaError, StoreNotFound, nearest
 from .fingerprint import fingerprint
@@ -26,8 +26,10 @@ from .schema import Array, holds_store
 from .store import Store
 from .tree import run_stores
 
-READERS, BLOCK = 4, 256
-"""Threads, and rows that are gathered and decoded at once, which stay in a processor's cache."""
+READERS, GATHERERS = 4, 4
+"""Threads that read chunks into the next buffer, and that gather a batch from this one."""
+BLOCK, PART_BYTES = 64, 2**21
+"""Rows that are gathered and decoded at once, which stay in a processor's cache; what a thread gathers."""
 Rows = NDArray[Any]
 Ints = NDArray[np.int64]
 _Filled = tuple[list[Future[None]], list[Rows], Ints, bool]
@@ -208,22 +210,23 @@ class Batches:
 
     def _batches(self) -> Iterator[tuple[Rows, ...]]:
         made, n = self._empty(), 0
-        for reads, buffers, rows, last in self._filled():
-            for read in reads:
-                read.result()
-            at = 0
-            while at < len(rows):
-                some = rows[at : at + self.batch - n]
-                for column, target, buffer in zip(self._columns, made, buffers, strict=True):
-                    column.gather(buffer, some, target[n : n + len(some)])
-                at, n = at + len(some), n + len(some)
-                if n == self.batch:
-                    yield made
+        with ThreadPoolExecutor(GATHERERS, "gather") as pool:
+            for reads, buffers, rows, last in self._filled():
+                for read in reads:
+                    read.result()
+                at = 0
+                while at < len(rows):
+                    some = rows[at : at + self.batch - n]
+                    for column, target, buffer in zip(self._columns, made, buffers, strict=True):
+                        column.gather(buffer, some, target[n : n + len(some)], pool)
+                    at, n = at + len(some), n + len(some)
+                    if n == self.batch:
+                        yield made
+                        made, n = self._empty(), 0
+                if last and n:
+                    if not self.drop_last:
+                        yield tuple(array[:n] for array in made)
                     made, n = self._empty(), 0
-            if last and n:
-                if not self.drop_last:
-                    yield tuple(array[:n] for array in made)
-                made, n = self._empty(), 0
 
     def _empty(self) -> tuple[Rows, ...]:
         as_kept = self.dtype == "stored"
@@ -300,15 +303,25 @@ class _Column:
         lead = () if self.layer is None else (self.layer,)
         self.chunks.read((*lead, shard, *(0,) * (len(self.array.dims) - self.axis - 1)), within, into)
 
-    def gather(self, buffer: Rows, rows: Ints, into: Rows) -> None:
+    def gather(self, buffer: Rows, rows: Ints, into: Rows, pool: ThreadPoolExecutor) -> None:
         """Puts some rows of a buffer into [row, width], as bits or decoded, whichever `into` is for."""
-        widens = self.array.dtype == "bfloat16" and into.dtype == np.float32
+        size = max(BLOCK, PART_BYTES // max(1, into[:1].nbytes))
+        starts = range(0, len(rows), size)
+        if len(starts) == 1:
+            self._gather(buffer, rows, into)
+        else:
+            list(pool.map(lambda at: self._gather(buffer, rows[at : at + size], into[at : at + size]), starts))
+
+    def _gather(self, buffer: Rows, rows: Ints, into: Rows) -> None:
+        # numpy takes rows without a copy in between where it need not refuse those that are not there
+        if buffer.dtype == into.dtype:
+            buffer.take(rows, axis=0, out=into, mode="clip")
+            return
+        block = np.empty((BLOCK, self.width), buffer.dtype)
         for at in range(0, len(rows), BLOCK):
-            found, part = buffer.take(rows[at : at + BLOCK], axis=0), into[at : at + BLOCK]
-            if widens:  # as bfloat16_to_float32, in one pass
-                np.left_shift(found, 16, out=part.view(np.uint32), dtype=np.uint32, casting="unsafe")
-            else:
-                part[...] = found
+            some = rows[at : at + BLOCK]
+            found = buffer.take(some, axis=0, out=block[: len(some)], mode="clip")
+            decode_into(found, self.array.dtype, into[at : at + len(some)])
 
 
 def _find(run: Place, names: Sequence[str]) -> Iterator[_Column]:

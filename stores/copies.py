@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from .chunks import read_outer
 from .concat import shared
 from .cuts import Cut, labels_of
 from .dtypes import format_of
@@ -218,12 +219,9 @@ class Copy:
     def _read(self, store: Store, path: str, span: Mapping[str, slice]) -> NDArray[Any]:
         """Rows of an array in their kept form, with the layers that are kept."""
         array, layers = store.schema.arrays[path], self.layers(path)
-        chosen = {**span, **({} if layers is None else {"layer": layers})}
-        key = tuple(chosen.get(dim, slice(None)) for dim in array.dims)
-        try:
-            return np.asarray(store.array(path).oindex[key])
-        except (ValueError, OSError, RuntimeError) as error:
-            raise CorruptStore(f"{store.path / path} cannot be read at {key}: {error}") from error
+        chosen: dict[str, slice | NDArray[np.int64]] = {**span, **({} if layers is None else {"layer": layers})}
+        key = [chosen.get(dim, slice(None)) for dim in array.dims]
+        return read_outer(store, path, key, decoded=False)
 
     def _statistics(self, cut: Cut, span: slice) -> dict[str, dict[str, NDArray[Any]]]:
         """What was recorded of the source's units that begin in a span and are wholly in the cut, to be told again.

@@ -1,14 +1,11 @@
-"""Zarr hierarchies: laid out, opened, written by whole shards, on this machine and in object stores. The only file that
-names zarr.
-"""
+"""Zarr hierarchies: laid out and opened, on this machine and in object stores. The only file that names zarr."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import ZarrUserWarning
-from zarr.storage import LocalStore, MemoryStore, ObjectStore
+from zarr.storage import MemoryStore, ObjectStore
 
 from .dtypes import format_of
 from .object_paths import ObjectPath
@@ -32,78 +29,28 @@ def open_group(data: Place, known: Known | None = None) -> Any:
     """The root of the hierarchy at `data`, read-only. A chunk that is missing reads as fill values."""
     if isinstance(data, Path):
         return zarr.open_group(str(data), mode="r", zarr_format=3, use_consolidated=False)
-    return _open(_Objects(data, read_only=True, known=known), data, "r")
-
-
-def open_recorded(data: Place, known: Known | None = None) -> Any:
-    """As `open_group`, of a store whose units are recorded: in an object store a missing shard is FileNotFoundError."""
-    if isinstance(data, Path):
-        return open_group(data)
-    return _open(_Objects(data, read_only=True, known=known, recorded=True), data, "r")
-
-
-def open_unread(data: Place, known: Known | None = None) -> tuple[Any, Mapping[str, dict[str, Any]]]:
-    """The root for writing shards whole, of which none is ever read; and, filled as they are put into an object store,
-    their bytes and sha256 by key, which stays empty on this machine.
-    """
-    if isinstance(data, Path):
-        return zarr.open_group(_Unread(str(data)), mode="r+", zarr_format=3, use_consolidated=False), {}
-    objects = _Objects(data, read_only=False, known=known, unread=True)
-    return _open(objects, data, "r+"), objects.puts
-
-
-def _open(objects: _Objects, data: ObjectPath, mode: Any) -> Any:
-    return zarr.open_group(objects, path=data.key, mode=mode, zarr_format=3, use_consolidated=False)
-
-
-class _Unread(LocalStore):
-    """Writes objects as any store and has none to read: a shard that is not full is else merged with what is there."""
-
-    async def get(self, key: str, *arguments: Any, **options: Any) -> Buffer | None:
-        return None if "/c/" in key else await super().get(key, *arguments, **options)
-
-    def get_sync(self, key: str, *arguments: Any, **options: Any) -> Buffer | None:
-        return None if "/c/" in key else super().get_sync(key, *arguments, **options)
+    return zarr.open_group(_Objects(data, known), path=data.key, mode="r", zarr_format=3, use_consolidated=False)
 
 
 class _Objects(ObjectStore[Any]):
-    """The objects of a bucket, for the hierarchy at `data`. Keys are whole; metadata in `known` are read no more.
-
-    With `unread` there is no shard to read, as in `_Unread`; with `recorded` every shard must be there. `puts` says of
-    each object what its record will, from the very bytes that were sent.
+    """The objects of a bucket, read-only, for the hierarchy at `data`. Keys are whole; metadata in `known` are read no
+    more.
     """
 
-    def __init__(
-        self,
-        data: ObjectPath,
-        *,
-        read_only: bool,
-        known: Known | None = None,
-        unread: bool = False,
-        recorded: bool = False,
-    ) -> None:
-        super().__init__(data.bucket, read_only=read_only)
+    def __init__(self, data: ObjectPath, known: Known | None = None) -> None:
+        super().__init__(data.bucket, read_only=True)
         self.data, self.known = data, {} if known is None else known
-        self.unread, self.recorded = unread, recorded
-        self.puts: dict[str, dict[str, Any]] = {}
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        name = self._name(key)
+        name = key.removeprefix(f"{self.data.key}/")
         if name in self.known and byte_range is None:
             return self.known[name]
-        if self.unread and "/c/" in name:
-            return None
         try:
             found = await super().get(key, prototype, byte_range)
         except Exception as error:
             if (self.data / name).ends_before(error):
                 raise ValueError(f"{self.data / name} is empty") from error
             raise (self.data / name).failure(error) from None
-        if self.recorded and "/c/" in name:  # else Zarr would take it for one that holds nothing but fill values
-            if found is None:
-                raise FileNotFoundError(f"{self.data / name} is missing, though its unit is recorded")
-            if not len(found):
-                raise ValueError(f"{self.data / name} is empty")
         if found is not None and name.endswith("zarr.json"):
             self.known[name] = found
         return found
@@ -112,20 +59,6 @@ class _Objects(ObjectStore[Any]):
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         return list(await asyncio.gather(*(self.get(key, prototype, part) for key, part in key_ranges)))
-
-    async def set(self, key: str, value: Buffer) -> None:
-        import obstore
-
-        name, data = self._name(key), value.as_buffer_like()
-        try:
-            await obstore.put_async(self.store, key, data, use_multipart=False)
-        except Exception as error:
-            raise (self.data / name).failure(error) from None
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-        self.puts[name] = {"bytes": len(value), "sha256": digest}
-
-    def _name(self, key: str) -> str:
-        return key.removeprefix(f"{self.data.key}/")
 
 
 # ── laying out ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -35,6 +35,8 @@ GROWING = "growing.json"
 MOST_HEADER_BYTES = 2**26
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**26
+UNIT_BYTES = 2**28
+"""Bounds of what is chosen where nobody says otherwise: of an object, and of a unit over all its arrays."""
 RAGGED_CHUNK = 2**16
 RAGGED = ("unit", "nonzero")
 """Dimensions of what varies in number from token to token: a row a unit, filled from its start and never further."""
@@ -238,10 +240,12 @@ def _is_former(one: object) -> bool:
     return isinstance(one, dict) and isinstance(one.get("fingerprint"), str) and isinstance(one.get("n_unit"), int)
 
 
-def unit_tokens_for(row_bytes: int, context: int) -> int:
-    """Tokens in a unit whose largest shard stays within 64 MiB: `context` times a power of two, at least once."""
+def unit_tokens_for(row_bytes: int, context: int, *, token_bytes: int = 0, least: int = 1) -> int:
+    """Tokens in a unit whose largest shard, of `row_bytes` a token, stays within 64 MiB, and all of whose values, of
+    `token_bytes` a token, within 256 MiB, or of which there are `least`: `context` times a power of two, at least once.
+    """
     unit = context
-    while 2 * unit * row_bytes <= SHARD_BYTES:
+    while 2 * unit * row_bytes <= SHARD_BYTES and (unit < least or 2 * unit * token_bytes <= UNIT_BYTES):
         unit *= 2
     return unit
 

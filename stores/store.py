@@ -7,7 +7,6 @@ that are done. Nothing that one unit writes is touched by another, so there are 
 from __future__ import annotations
 
 import errno
-import hashlib
 import math
 import os
 import shutil
@@ -25,17 +24,20 @@ from numpy.typing import NDArray
 from .errors import FULL, CorruptStore, DiskFull, FingerprintMismatch, IncompleteStore
 from .fingerprint import canonical_json, differences
 from .grid import Unit
-from .hierarchy import Known, layout_of, open_group, open_recorded, open_unread
+from .hierarchy import Known, layout_of, open_group
 from .hierarchy import lay_out as lay_out
 from .ledger import Ledger, Record, read_json
 from .object_paths import ObjectPath
 from .places import Place, digest_of, place, put_new, sync_folder, write_atomic
 from .records import is_checked, record_faults
 from .schema import DATA, GROWING, Header, Schema, holds_store, read_header
+from .shards import cut, put_object
 from .untrusted import check_array, check_label, check_labels, check_schema, label_paths, require_no_links
 
 VERIFIERS = 4
 """Threads that hash objects: sha256 runs without Python's lock."""
+WRITERS = 4
+"""Objects of an array that are written at once: while one is on its way to the disk, others are hashed."""
 PUTTERS = 8
 """Requests at a time while a store is laid out in an object store."""
 CLAIM = "claim.json"
@@ -168,50 +170,48 @@ class Store:
     def complete(self) -> bool:
         return len(self.done()) == len(self.schema.grid)
 
-    def array(self, path: str, recorded: bool = False) -> Any:
-        """The open Zarr array at a path of the store, read-only. Where its units are `recorded`, a shard that an object
-        store does not have is FileNotFoundError; on this machine it reads as fill values.
-        """
-        self._check_array(path)
-        return (open_recorded if recorded else open_group)(self.path, self._known)[path]
+    def array(self, path: str) -> Any:
+        """The open Zarr array at a path of the store, read-only. A shard that is missing reads as fill values."""
+        self.check_array(path)
+        return open_group(self.path, self._known)[path]
 
-    def _check_array(self, path: str) -> None:
+    def check_array(self, path: str) -> None:
         """Holds the metadata of an array against the header; those of an object store once, for they are not read
         again.
         """
-        if isinstance(self.path, Path) or f"{path}/zarr.json" not in self._known:
-            check_array(self.path / path / "zarr.json", self.schema.arrays[path], self.schema.compression)
+        if isinstance(self.path, ObjectPath) and path in self._checked:
+            return
+        check_array(self.path / path / "zarr.json", self.schema.arrays[path], self.schema.compression)
+        self._checked.add(path)
 
     @cached_property
     def _known(self) -> Known:
         """Metadata in an object store, of which this process has read some."""
         return {}
 
+    @cached_property
+    def _checked(self) -> set[str]:
+        """Arrays whose metadata agreed with the header."""
+        return set()
+
     def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> dict[str, dict[str, Any]]:
         """Writes whole shards: `values` are the `rows` of the array, in their kept form; of a ragged array the values
-        that a unit has, at least one. Gives bytes and sha256 of each object by its key: on this machine as read back
-        from a file that is durable, of an object store as they were sent. Folders' names are not durable yet.
+        that a unit has, at least one. Gives bytes and sha256 of each object by its key, of what was handed to the
+        system, and on this machine made durable. Folders' names are not durable yet.
 
         An object that is there is replaced in one go and never looked at, so that a torn one does no harm, and a reader
-        or another writer of the same unit finds a whole one at any time.
+        or another writer of the same unit finds a whole one at any time. A few objects are written at once; see
+        `put_object` for what each of them holds in memory.
         """
         array = self.schema.arrays[path]
-        self._check_array(path)
-        keys = [self.object_key(path, index) for index in array.objects(rows)]
+        self.check_array(path)
+        parts = cut(array, rows, values[None] if array.ragged else values)
+        due = {self.object_key(path, index): part for index, part in parts}
         if isinstance(self.path, Path):
-            require_no_links(self.path.parent, *{(self.path / key).parent for key in keys})
-        root, puts = open_unread(self.path, self._known)
-        # Else a shard whose cells all equal the fill value would be left out, and its unit have no object to record.
-        target: Any = root[path].with_config({"write_empty_chunks": True})
-        where = [rows.get(dim, slice(0, size)) for dim, size in zip(array.dims, array.shape, strict=True)]
-        if array.ragged:
-            target[where[0], : len(values)] = values[None]
-        elif array.dims[0] != "layer":
-            target[tuple(where)] = values
-        else:
-            for layer in range(array.shape[0]):
-                target[(slice(layer, layer + 1), *where[1:])] = values[layer : layer + 1]
-        return {key: puts[key] if isinstance(self.path, ObjectPath) else _made_durable(self.path / key) for key in keys}
+            require_no_links(self.path.parent, *{(self.path / key).parent for key in due})
+        with ThreadPoolExecutor(WRITERS, "objects") as pool:
+            said = pool.map(lambda key: put_object(self.path / key, due[key], array, self.schema.compression), due)
+            return dict(zip(due, said, strict=True))
 
     def object_key(self, path: str, index: tuple[int, ...]) -> str:
         """Key of an object below `data.zarr`, as the Zarr v3 default encoding names it."""
@@ -358,13 +358,6 @@ def _put_in_place(folder: ObjectPath, header: Header) -> None:
     with ThreadPoolExecutor(PUTTERS, "put") as pool:
         list(pool.map(lambda key: write_atomic(path / key, objects[key]), objects))
     put_new(path / "zarr.json", root)
-
-
-def _made_durable(path: Path) -> dict[str, Any]:
-    """Flushes an object to the disk and gives its size and sha256, as read back."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _disagreement(path: Place, said: Mapping[str, Any]) -> str | None:

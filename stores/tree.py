@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +12,10 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from .chunks import REPAIR as REPAIR
+from .chunks import read_outer
 from .dtypes import format_of
-from .errors import CorruptStore, StorageError, StoreNotFound
+from .errors import StoreNotFound
 from .grid import Grid
 from .joined import Everywhere, common_chunks, joined_layers, lazy
 from .labels import token_coords
@@ -27,11 +27,6 @@ from .store import Store
 
 MOST_CHUNKS = 10_000
 """Dask spends about half a millisecond a chunk: larger arrays are opened in chunks of several shards."""
-
-REPAIR = (
-    "`forebay verify` names the damaged objects, `forebay repair` drops their units, and running the recipe again "
-    "computes them anew"
-)
 
 Chunks = Literal["auto"] | None
 
@@ -46,56 +41,21 @@ class KeptArray(BackendArray):
     def __init__(self, store: Store, path: str, complete: bool, repair: str = REPAIR) -> None:
         array = store.schema.arrays[path]
         self.store, self.path, self.complete, self.repair = store, path, complete, repair
-        self.format = format_of(array.dtype)
-        self.shape, self.dtype = array.shape, np.dtype(self.format.read)
-        self._zarr: Any = None
+        self.shape, self.dtype = array.shape, np.dtype(format_of(array.dtype).read)
+        self._checked = False
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
         """The values at `key`: an integer, slice or array of integers a dimension, each independent of the others."""
-        if self.complete and isinstance(self.store.path, Path):  # what reads object stores looks for itself
-            self._require_objects(key)
-        if self._zarr is None:
-            self._zarr = self.store.array(self.path, self.complete)
-        key = tuple(_within(one, size) for one, size in zip(key, self.shape, strict=True))
-        try:
-            return self.format.decode(np.asarray(self._zarr.oindex[key]))
-        except StorageError:
-            raise
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            where = self.store.path / self.path
-            raise CorruptStore(f"{where} cannot be read at {key}: {error}. {self.repair}") from error
-
-    def _require_objects(self, key: tuple[Any, ...]) -> None:
-        """Zarr would take an object that is missing, or empty, for one that holds nothing but fill values."""
-        array = self.store.schema.arrays[self.path]
-        shards = (_shards(*one) for one in zip(key, array.shape, array.shards, strict=True))
-        for index in itertools.product(*shards):
-            path = self.store.path / self.store.object_key(self.path, index)
-            try:
-                empty = os.stat(path).st_size == 0
-            except FileNotFoundError as error:
-                raise CorruptStore(f"{path} is missing, though its unit is recorded. {self.repair}") from error
-            if empty:
-                raise CorruptStore(f"{path} is empty. {self.repair}")
+        if not self._checked:
+            self.store.check_array(self.path)
+            self._checked = True
+        return read_outer(self.store, self.path, key, self.complete, self.repair)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zarr": None}
-
-
-def _within(key: Any, size: int) -> Any:
-    """A slice with its ends: the array may have grown since it was opened, and has rows behind those that are asked."""
-    return slice(*key.indices(size)) if isinstance(key, slice) and (key.step or 1) > 0 else key
-
-
-def _shards(key: Any, size: int, shard: int) -> Iterable[int]:
-    """The shards along a dimension that hold any row of `key`."""
-    rows = tokens_at(range(size), key)
-    if isinstance(rows, range):
-        return range(min(rows[0], rows[-1]) // shard, max(rows[0], rows[-1]) // shard + 1) if rows else ()
-    return np.unique(np.asarray(rows) // shard).tolist()  # type: ignore[no-any-return]
+        return {**self.__dict__, "_checked": False}
 
 
 class DoneMask(BackendArray):

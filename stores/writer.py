@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 COUNT = "count"
 """Of a group with ragged arrays: how many values each token has, [token]."""
+ARRAYS = 2
+"""Arrays that are written at once, each by several objects."""
 MERGE = {"sum": np.add, "max": np.maximum}
 """How statistics of pieces combine: by the last word of their name, as in `square_sum`, `abs_max`."""
 
@@ -30,8 +33,10 @@ MERGE = {"sum": np.add, "max": np.maximum}
 class UnitWriter:
     """Gathers the pieces of one unit in memory and writes them as whole shards.
 
-    Holds one buffer an array, as large as the unit's rows, and the values of ragged arrays. Nothing is on disk before
-    `finish`; on any error no record exists.
+    Holds one buffer an array, as large as the unit's rows (a piece that has all of them is that buffer, and must not be
+    changed afterwards), and the values of ragged arrays; while it writes compressed
+    objects, or into an object store, up to eight objects besides. Nothing is on disk before `finish`; on any error no
+    record exists.
     """
 
     def __init__(self, store: Store, unit: Unit) -> None:
@@ -40,12 +45,13 @@ class UnitWriter:
         self._buffers: dict[str, NDArray[Any]] = {}
         self._filled: dict[str, NDArray[np.bool_]] = {}
         self._ragged: dict[str, list[NDArray[Any]]] = {}
+        self._counted: dict[str, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = {}
         self._statistics: dict[str, dict[str, NDArray[Any]]] = {}
 
     def put(self, piece: xr.DataTree) -> None:
         """Takes a labelled piece: nodes are groups, variables lie along `token` or `sequence` with an integer
-        coordinate that says which; those of ragged arrays lie along `nonzero`, beside the `count[token]` that says
-        whose they are, and their pieces come in the order of tokens.
+        coordinate that says which, ascending; those of ragged arrays lie along `nonzero`, beside the `count[token]`
+        that says whose they are. Pieces come in any order.
 
         Statistics travel in a node's attribute `statistics`: name → one number a layer, or a vector. SchemaError if a
         piece does not fit.
@@ -68,27 +74,34 @@ class UnitWriter:
         long = "token" if "token" in dims else "sequence"
         axis, own = dims.index(long), self.rows[long]
         if path not in self._buffers:
-            shape = tuple(
-                own.stop - own.start if dim == long else size for dim, size in zip(dims, array.shape, strict=True)
-            )
-            self._buffers[path] = np.empty(shape, dtype=variable.dtype)
             self._filled[path] = np.zeros(own.stop - own.start, dtype=bool)
-        buffer = self._buffers[path]
-        first, beyond = _rows_of(path, variable, long)
-        if path.rpartition("/")[2] == COUNT and not self._filled[path][: first - own.start].all():
-            raise SchemaError(f"{path}: pieces of ragged rows come in order; {long} {first} came before those below it")
-        start, stop = first - own.start, beyond - own.start
-        where = (*(slice(None),) * axis, slice(start, stop))
-        if start < 0 or stop > len(self._filled[path]) or buffer[where].shape != variable.shape:
+        rows, filled = _rows_of(path, variable, long), self._filled[path]
+        start, stop = int(rows[0]) - own.start, int(rows[-1]) + 1 - own.start
+        # A slice is copied at the speed of memory, and most pieces are one.
+        at = slice(start, stop) if stop - start == len(rows) else rows - own.start
+        expected = (*array.shape[:axis], len(rows), *array.shape[axis + 1 :])
+        if start < 0 or stop > len(filled) or expected != variable.shape:
             raise SchemaError(
-                f"{path}: a piece of shape {variable.shape} at {long} {first}…{beyond - 1} does not fit unit "
+                f"{path}: a piece of shape {variable.shape} at {long} {rows[0]}…{rows[-1]} does not fit unit "
                 f"{self.unit.index}, "
                 f"which owns {long} {own.start}…{own.stop - 1} of an array of shape {array.shape}"
             )
-        if self._filled[path][start:stop].any():
-            raise SchemaError(f"{path}: {long} {first}…{beyond - 1} came twice in unit {self.unit.index}")
-        buffer[where] = variable.values
-        self._filled[path][start:stop] = True
+        if (twice := filled[at]).any():
+            raise SchemaError(f"{path}: {long} {rows[int(np.argmax(twice))]} came twice in unit {self.unit.index}")
+        if len(rows) == len(filled):
+            self._buffers[path] = variable.values
+        else:
+            self._buffer(path, array, axis)[(*(slice(None),) * axis, at)] = variable.values
+        filled[at] = True
+        group, _, name = path.rpartition("/")
+        if name == COUNT:
+            self._counted.setdefault(group, []).append((rows, variable.values.astype(np.int64)))
+
+    def _buffer(self, path: str, array: Array, axis: int) -> NDArray[Any]:
+        if path not in self._buffers:
+            shape = (*array.shape[:axis], len(self._filled[path]), *array.shape[axis + 1 :])
+            self._buffers[path] = np.empty(shape, dtype=format_of(array.dtype).kept)
+        return self._buffers[path]
 
     def finish(self, timing: Mapping[str, float]) -> Record:
         """Writes every object of the unit, makes them durable, and puts the unit's record, which it gives back.
@@ -97,16 +110,14 @@ class UnitWriter:
         """
         self._check_complete()
         started = time.perf_counter()
-        data = self.store.path
+        data, arrays = self.store.path, self.store.schema.arrays
+        due = [path for path, array in arrays.items() if array.ragged or path in self._buffers]
         objects: dict[str, dict[str, Any]] = {}
         try:
-            for path, array in self.store.schema.arrays.items():
-                if array.ragged:
-                    objects |= self.store.write_rows(path, self.rows, self._ragged_values(path))
-                elif path in self._buffers:
-                    objects |= self.store.write_rows(path, self.rows, self._buffers[path])
-            for folder in {(data / key).parent for key in objects}:
-                sync_folder(folder)
+            with ThreadPoolExecutor(ARRAYS, "arrays") as pool:
+                for found in pool.map(lambda path: self.store.write_rows(path, self.rows, self._values(path)), due):
+                    objects |= found
+                list(pool.map(sync_folder, {(data / key).parent for key in objects}))
             record = self._record(objects, {**timing, "write": time.perf_counter() - started})
             self.store.ledger.complete(self.unit.index, record)
             self._require_current()
@@ -121,7 +132,7 @@ class UnitWriter:
         end. An array of which the unit owns no row is left out. SchemaError if rows are missing.
         """
         self._check_complete()
-        ragged = {path: self._ragged_values(path) for path, array in self.store.schema.arrays.items() if array.ragged}
+        ragged = {path: self._values(path) for path, array in self.store.schema.arrays.items() if array.ragged}
         return self._buffers | ragged
 
     def _require_current(self) -> None:
@@ -147,22 +158,36 @@ class UnitWriter:
                 )
 
     def _check_ragged(self, path: str, array: Array) -> None:
-        """SchemaError unless there are as many values as the group's counts say, and room for them."""
-        counts = self._buffers.get(f"{path.rpartition('/')[0]}/{COUNT}", np.zeros(0))
-        due, found = int(counts.sum()), sum(map(len, self._ragged.get(path, ())))
-        if due != found:
-            raise SchemaError(f"{path}: unit {self.unit.index} has {found:,} values; its counts add up to {due:,}")
+        """SchemaError unless every piece has as many values as its counts say, and there is room for all of them."""
+        due = [int(counts.sum()) for _, counts in self._counted.get(path.rpartition("/")[0], ())]
+        came = [len(values) for values in self._ragged.get(path, ())]
+        found = sum(came)
+        if due != came:
+            raise SchemaError(
+                f"{path}: unit {self.unit.index} has {found:,} values; its counts add up to {sum(due):,}"
+                + (", piece by piece to others" if found == sum(due) else "")
+            )
         if found > array.shape[1]:
             raise SchemaError(
                 f"{path}: unit {self.unit.index} has {found:,} nonzeros, {found / len(self.unit):,.0f} a token; there "
                 f"is room for {array.shape[1]:,}. Raise the step's `most_active`, or look whether this is sparse at all"
             )
 
-    def _ragged_values(self, path: str) -> NDArray[Any]:
-        """The unit's values end to end; where it has none a single zero, for every unit has its object."""
-        pieces = [piece for piece in self._ragged.get(path, ()) if len(piece)]
-        kept = format_of(self.store.schema.arrays[path].dtype).kept
-        return np.concatenate(pieces) if pieces else np.zeros(1, dtype=kept)
+    def _values(self, path: str) -> NDArray[Any]:
+        """The unit's values; of a ragged array end to end in the order of tokens, and where it has none a single zero,
+        for every unit has its object.
+        """
+        if path in self._buffers:
+            return self._buffers[path]
+        if not any(map(len, self._ragged.get(path, ()))):
+            return np.zeros(1, dtype=format_of(self.store.schema.arrays[path].dtype).kept)
+        values = np.concatenate(self._ragged[path])
+        rows, counts = (np.concatenate(column) for column in zip(*self._counted[path.rpartition("/")[0]], strict=True))
+        if (np.diff(rows) > 0).all():
+            return values
+        order, begins = np.argsort(rows), np.cumsum(counts) - counts
+        counts = counts[order]
+        return values[np.repeat(begins[order] - (np.cumsum(counts) - counts), counts) + np.arange(len(values))]
 
     def _record(self, objects: dict[str, dict[str, Any]], timing: Mapping[str, float]) -> Record:
         statistics = {
@@ -193,15 +218,14 @@ class UnitWriter:
         )
 
 
-def _rows_of(path: str, variable: xr.DataArray, long: str) -> tuple[int, int]:
-    """First and last row plus one of a piece along its long axis. SchemaError if it does not say which, one by one."""
+def _rows_of(path: str, variable: xr.DataArray, long: str) -> NDArray[np.int64]:
+    """The rows of a piece along its long axis. SchemaError if it does not say which, one by one."""
     if long not in variable.indexes:
         raise SchemaError(f"{path}: the piece does not say which rows it holds: give it a coordinate on {long}")
     labels = variable.indexes[long].to_numpy()
-    first = int(labels[0]) if len(labels) else 0
-    if not len(labels) or not np.array_equal(labels, np.arange(first, first + len(labels))):
+    if not len(labels) or labels.dtype.kind not in "iu" or (np.diff(labels) <= 0).any():
         raise SchemaError(
-            f"{path}: a piece holds consecutive rows, at least one; its coordinate on {long} is {labels[:6]}"
+            f"{path}: a piece holds ascending rows, at least one; its coordinate on {long} is {labels[:6]}"
             + ("…" if len(labels) > 6 else "")
         )
-    return first, first + len(labels)
+    return np.asarray(labels, dtype=np.int64)

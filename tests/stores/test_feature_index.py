@@ -94,7 +94,7 @@ def assert_histogram(counts: np.ndarray[Any, Any], values: np.ndarray[Any, Any])
     assert (below <= (maybe <= np.arange(BINS)).sum(axis=0)).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_the_index_is_what_sorting_everything_gives(data: st.DataObject) -> None:
     draw = data.draw

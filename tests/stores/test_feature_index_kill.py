@@ -44,9 +44,8 @@ def objects(folder: Path) -> dict[str, bytes]:
     return {key: content for key, content in every_file(folder / "index" / "sae").items() if "/c/" in key}
 
 
-def records(store: Store) -> tuple[int, int]:
+def records(build: Build) -> tuple[int, int]:
     """Runs and objects that are recorded."""
-    build = Build(FeatureRows.open(store, "sae"), 1, GEOMETRY)
     return len(build.sorting.done()), len(build.merging.done())
 
 
@@ -70,16 +69,21 @@ def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_pa
     assert len(expected) > 50
 
     store = write_features(tmp_path / "killed" / "features-sae", {"sae": SPARSE}, 100)
-    n_run = len(Build(FeatureRows.open(store, "sae"), 1, GEOMETRY).spans)
+    build = Build(FeatureRows.open(store, "sae"), 1, GEOMETRY)
+    n_run = len(build.spans)
     n_record = n_run + sum(key.startswith("token/") for key in expected)
-    kills, phases = 0, list[str]()
+    kills, phases, begun = 0, list[str](), False
     while kills < KILLS:
         other = chance.random() < 0.3  # settings were changed, and will be changed back: what was begun is of no use
         process = start(store.path.parent, 2 if other else 1)
-        wanted = chance.randrange(n_record)
-        while process.exitcode is None and sum(records(store)) < wanted:
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1))
+        there = sum(records(build))
+        while process.exitcode is None and there and other != begun and sum(records(build)) >= there:
+            time.sleep(0.0005)
+        begun = other
+        wanted = chance.randrange(chance.choice((n_run, n_record)))  # of both phases, however short one is
+        while process.exitcode is None and sum(records(build)) < wanted:
+            time.sleep(0.0005)
+        time.sleep(chance.choice((0.0, chance.uniform(0, 0.05))))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -87,7 +91,7 @@ def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_pa
             continue
         assert process.exitcode == -signal.SIGKILL
         kills += 1
-        runs, merged = records(store)
+        runs, merged = records(build)
         phases.append("merging" if merged else "sorting" if runs else "neither")
         if is_there(store) and not other:
             assert objects(store.path.parent) == expected

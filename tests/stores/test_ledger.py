@@ -52,10 +52,13 @@ def test_the_units_that_are_done_are_one_listing(tmp_path: Path) -> None:
     assert ledger.done() == {0, 5, 17}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [".000001.json.tmp", ".000001.json", "000001.json.tmp", "000001.json~", "x000001.json", "000001.1.json", "1"],
+OTHERS = (
+    *(".000001.json.tmp", ".000001.json", "000001.json.tmp", "000001.json~", "x000001.json", "000001.1.json", "1"),
+    *("+1.json", "1_0.json", " 1.json", "000001.json.json", ".json", "1.0.json", "-1.json", "1e1.json", "json"),
 )
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_names_are_no_records(tmp_path: Path, name: str) -> None:
     ledger = Ledger(tmp_path)
     ledger.complete(0, RECORD)

@@ -89,11 +89,32 @@ def test_values_that_do_not_belong_to_any_token_are_refused(tmp_path: Path) -> N
     assert store.todo() == list(store.schema.grid)
 
 
-def test_pieces_out_of_order_are_refused(tmp_path: Path) -> None:
+def test_values_that_belong_to_the_tokens_of_another_piece_are_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path)
-    writer = UnitWriter(store, store.schema.grid[0])
-    with pytest.raises(SchemaError, match="token 5 came before those below it"):
-        writer.put(piece(5, [0] * 5, []))
+    writer = UnitWriter(store, store.schema.grid[2])
+    writer.put(piece(20, [1], [4, 5]))
+    writer.put(piece(21, [1, 1], [6]))
+    with pytest.raises(SchemaError, match="g/feature: unit 2 has 3 values; its counts add up to 3, piece by piece"):
+        writer.finish({})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_pieces_of_scattered_tokens_in_any_order_make_the_same_row(tmp_path: Path, size: int) -> None:
+    store, rng = store_of(tmp_path, most=30), np.random.default_rng(size)
+    unit = store.schema.grid[1]
+    of_token = [rng.integers(0, 99, n).astype(np.int32) for n in rng.integers(0, 5, len(unit))]
+    tokens, writer = rng.permutation(len(unit)), UnitWriter(store, unit)
+    for at in range(0, len(unit), size):
+        some = np.sort(tokens[at : at + size])
+        whole = piece(0, [len(of_token[t]) for t in some], np.concatenate([of_token[t] for t in some]))
+        writer.put(
+            whole.map_over_datasets(lambda ds, some=some: ds.assign_coords(token=unit.start + some) if ds else ds)
+        )
+    writer.finish({})
+    row = zarr.open_group(str(store.path), mode="r", use_consolidated=False)["g/feature"][1]
+    expected = np.concatenate(of_token)
+    assert row[: len(expected)].tolist() == expected.tolist()
+    assert not row[len(expected) :].any()
 
 
 def test_more_values_than_a_row_has_room_for_are_refused_by_number(tmp_path: Path) -> None:

@@ -415,13 +415,18 @@ WHICH = {
     ),
     "rows out of order": (
         lambda piece: piece.assign_coords(token=[0, 2, 1]),
-        r"token_id: a piece holds consecutive rows.*its coordinate on token is \[0 2 1\]",
+        r"token_id: a piece holds ascending rows.*its coordinate on token is \[0 2 1\]",
     ),
     "rows in another order with the right ends": (
         lambda piece: xr.concat([piece, piece], "token").assign_coords(token=[0, 2, 1, 4, 3, 5]),
-        r"consecutive rows.*\[0 2 1 4 3 5\]",
+        r"ascending rows.*\[0 2 1 4 3 5\]",
     ),
-    "rows with gaps": (lambda piece: piece.assign_coords(token=[0, 1, 3]), r"consecutive rows.*\[0 1 3\]"),
+    "a row twice": (lambda piece: piece.assign_coords(token=[0, 1, 1]), r"ascending rows.*\[0 1 1\]"),
+    "rows with gaps beyond the unit": (
+        lambda piece: piece.assign_coords(token=[0, 1, 8]),
+        r"token_id: a piece of shape \(3,\) at token 0…8 does not fit unit 0, which owns token 0…7",
+    ),
+    "rows without whole numbers": (lambda piece: piece.assign_coords(token=[0.0, 1.0, 2.0]), "ascending rows"),
     "no rows": (lambda piece: piece.isel(token=slice(0)), r"at least one; its coordinate on token is \[\]"),
     "rows without numbers": (
         lambda piece: piece.drop_vars("token"),
@@ -455,7 +460,7 @@ def test_rows_that_come_twice_are_refused(tmp_path: Path) -> None:
     first, *others = pieces(schema, random_values(schema), schema.grid[0], 3)
     for piece in (first, *others):
         writer.put(piece)
-    with pytest.raises(SchemaError, match=r"token_id: token 0…2 came twice in unit 0"):
+    with pytest.raises(SchemaError, match=r"token_id: token 0 came twice in unit 0"):
         writer.put(first)
 
 

@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 import xarray as xr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
+from forebay.stores import chunks as chunks_of
 from forebay.stores import tree
 from forebay.stores.errors import CorruptStore, IncompleteStore, StoreNotFound
 from forebay.stores.schema import DATA, Schema, along_sequence, along_token
@@ -135,16 +135,14 @@ CHUNKS = pytest.mark.parametrize("chunks", ["auto", None])
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Objects of arrays that Zarr reads from the disk, as 'array/c/0/1/0', in order."""
+    """Objects of arrays that are opened, as 'array/c/0/1/0', in order."""
     seen: list[str] = []
-    get = LocalStore.get
 
-    async def counted(self: LocalStore, key: str, *arguments: Any, **options: Any) -> Any:
-        if "/c/" in key and key.rpartition("/c/")[0] not in ACTIVATIONS.labels:
-            seen.append(key)
-        return await get(self, key, *arguments, **options)
+    def counted(path: Path, *arguments: Any, **options: Any) -> Any:
+        seen.append(str(path).partition(f"{DATA}/")[2])
+        return open(path, *arguments, **options)
 
-    monkeypatch.setattr(LocalStore, "get", counted)
+    monkeypatch.setattr(chunks_of, "open", counted, raising=False)
     return seen
 
 
@@ -479,7 +477,7 @@ def test_a_truncated_shard_is_named_with_what_to_do(own_run: Path, keep: float, 
     with pytest.raises(CorruptStore) as refused:
         stream.sel(layer=11).compute()
     message = str(refused.value)
-    assert f"{own_run}/activations/{DATA}/hook_resid_post/value cannot be read" in message
+    assert f"{own_run}/activations/{DATA}/hook_resid_post/value/c/1/2/0 cannot be read: " in message
     assert "`forebay verify` names the damaged objects, `forebay repair` drops their units" in message
     np.testing.assert_array_equal(stream.sel(layer=0).values, RESID[0])
     np.testing.assert_array_equal(stream.sel(layer=11).isel(token=slice(0, 16)).values, RESID[1, :16])
@@ -519,7 +517,7 @@ def test_a_flipped_bit_is_no_value(own_run: Path) -> None:
     data[10] ^= 1
     shard.write_bytes(data)
     stream = open_run(own_run)["activations/hook_resid_post/value"]
-    with pytest.raises(CorruptStore, match="cannot be read at"):
+    with pytest.raises(CorruptStore, match=r"c/0/1/0 cannot be read: chunk 0: its checksum is wrong"):
         stream.isel(token=9).compute()
 
 
