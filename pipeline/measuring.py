@@ -23,6 +23,7 @@ import numpy as np
 from ..stages.capture import Capture
 from ..stages.encode import Encode
 from ..stages.stage import Apply
+from ..stores.chunks import read_outer
 from ..stores.grid import Unit
 from ..stores.ledger import Record
 from ..stores.places import Place, delete_tree
@@ -251,14 +252,14 @@ def _read(store: Store, computed: Computed, record: Record) -> Traffic:
         _forget(store.path / key)
     begun = time.perf_counter()
     for path, array in store.schema.arrays.items():
-        kept = store.array(path)
+        behind = [slice(None)] * (len(array.dims) - 1)
         if array.ragged:
-            kept[0, : max(1, _ragged_length(path, computed))]
+            read_outer(store, path, (0, slice(max(1, _ragged_length(path, computed)))))
         elif array.dims[0] == "layer":
             for layer in range(array.shape[0]):
-                kept[layer]
+                read_outer(store, path, (layer, *behind))
         else:
-            kept[...]
+            read_outer(store, path, (slice(None), *behind))
     return Traffic(record["bytes"], time.perf_counter() - begun)
 
 

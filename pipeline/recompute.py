@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..stores.chunks import read_outer
 from ..stores.dtypes import format_of
 from ..stores.grid import Unit
 from ..stores.ledger import read_json
@@ -89,7 +90,7 @@ def _first(store: Store, unit: Unit, path: str, computed: NDArray[Any], rows: di
     where = tuple(rows.get(dim, slice(None)) for dim in array.dims)
     if array.ragged:
         where, computed = (where[0], slice(0, len(computed))), computed[None]
-    stored = np.asarray(store.array(path)[where])
+    stored = read_outer(store, path, where, decoded=False)
     differs = _bits(stored) != _bits(computed)
     if not differs.any():
         return None

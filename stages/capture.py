@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,11 +23,11 @@ from ..stores.schema import (
     sequences_per_unit,
     unit_tokens_for,
 )
-from .models.points import BLOCK, STATE, HookPoint, dims_of, expand
+from .models.points import STATE, HookPoint, expand, stored_dims
 from .models.spec import ModelSpec
-from .sequences import Batch, batches_of, sequences_span
+from .sequences import batches_of, sequences_span
 from .stage import Apply, Stage, product_numerics
-from .storing import Dtype, cast, on_host, square_sum
+from .storing import Dtype
 from .tokenize import ModelSource
 
 if TYPE_CHECKING:
@@ -43,17 +43,19 @@ class Capture(Stage):
     """Tokens → activations at `hooks`: names, with `{a,b}`, `[3-5]` and `*`, as in `blocks.[5-9].hook_resid_post`.
 
     The model computes in `dtype`, `batch` sequences at a time; `store_dtype` is what is kept, and a lossy one records
-    the error it makes. `unit_tokens` is the unit of work (by default, as many tokens as make a shard of at most 64
-    MiB). `compression` is "none" (checksums only; for local disks) or "zstd" (1.4 times smaller for bfloat16, slower).
-    `state_positions` says after which tokens of every sequence recurrent states, `rwkv.hook_state`, are kept; negative
-    numbers count from the sequence's own end. Where a sequence is too short for one there is NaN.
+    the error it makes. `unit_tokens` is the unit of work (by default, as many tokens as make a shard of at most 64 MiB
+    and 256 MiB in all, but a batch at least). `compression` is "none" (checksums only; for local disks) or "zstd" (1.4
+    times smaller for bfloat16, slower). `state_positions` says after which tokens of every sequence recurrent states,
+    `rwkv.hook_state`, are kept; negative numbers count from the sequence's own end. Where a sequence is too short for
+    one there is NaN. `compile` is that of `load_model`; every batch is then padded to one shape, `batch` sequences of
+    the longest one's length.
 
     Batches are cut from the sequences that touch the unit, in their order, so that a unit's values never depend on who
     computes it. `name` is that of a table [capture.NAME], which has a store of its own; it determines no value.
     """
 
     verb: ClassVar[str] = "capture"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     told_elsewhere: ClassVar[frozenset[str]] = frozenset({"name", "model", "threads"})
 
     name: str | None = None
@@ -65,6 +67,7 @@ class Capture(Stage):
     state_positions: tuple[int, ...] = (-1,)
     unit_tokens: int | None = None
     threads: int | None = None
+    compile: bool = False
     compression: Literal["none", "zstd"] = "none"
 
     @property
@@ -114,7 +117,12 @@ class Capture(Stage):
         return tuple(self.model.open().files)
 
     def numerics(self, device: str) -> dict[str, Any]:
-        return product_numerics(device, self.threads)
+        if not self.compile:
+            return product_numerics(device, self.threads)
+        from .models.compiling import compiler_of, require_compilable
+
+        require_compilable(self.model.open().spec, device)
+        return {**product_numerics(device, self.threads), **compiler_of(device)}
 
     def points(self, spec: ModelSpec) -> dict[str, tuple[HookPoint, ...]]:
         """The hook points asked for, by kind, in the order of firing.
@@ -186,11 +194,12 @@ class Capture(Stage):
                     f"has {longest} tokens, so 0 to {longest - 1} or, from the end, -{longest} to -1"
                 )
 
-    def _unit_tokens(self, kinds: Iterable[str], sizes: Mapping[str, int], context: int) -> int:
-        return unit_tokens_for(
-            max((_values_a_token(kind, sizes) for kind in kinds), default=1) * format_of(self.store_dtype).itemsize,
-            context,
-        )
+    def _unit_tokens(self, kinds: Mapping[str, Sequence[HookPoint]], sizes: Mapping[str, int], context: int) -> int:
+        """Two units are in memory at once: each is bounded over all hook points too, but holds a batch at least."""
+        itemsize = format_of(self.store_dtype).itemsize
+        widths = {kind: _values_a_token(kind, sizes) * itemsize for kind in kinds}
+        token_bytes = sum(widths[kind] * len(points) for kind, points in kinds.items())
+        return unit_tokens_for(max(widths.values()), context, token_bytes=token_bytes, least=self.batch * context)
 
     def span(self, unit: Unit, source: Schema, own: Schema) -> slice:
         """The tokens of every sequence that touches the unit."""
@@ -202,44 +211,41 @@ class Capture(Stage):
         """
         import torch
 
+        from .captured import CapturedBatch
         from .models.load import load_model
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        model = load_model(self.model.source, revision=self.model.revision, device=device, dtype=self.dtype)
+        model = load_model(
+            self.model.source, revision=self.model.revision, device=device, dtype=self.dtype, compile=self.compile
+        )
+        kinds = self.points(model.spec)
+        context = int(np.diff(own.labels["sequences/start"][1], append=own.n_token).max())
+        # A GPU computes the next batch while the captures of the last one are gathered; a CPU has no hands free.
+        ahead = 1 if device.startswith("cuda") else 0
 
         def apply(block: xr.Dataset, unit: Unit) -> Iterator[xr.DataTree]:
+            begun: deque[CapturedBatch] = deque()
             for batch in batches_of(unit, own, self.batch):
-                yield self._capture(model, batch.token_ids(block), batch, own)
+                captured = CapturedBatch(batch, own, kinds, self.store_dtype, f"{self.table}.store_dtype")
+                rows = batch.token_ids(block)
+                self._run(model, kinds, self._padded(rows, context) if self.compile else rows, captured)
+                begun.append(captured)
+                if len(begun) > ahead:
+                    yield begun.popleft().piece()
+            while begun:
+                yield begun.popleft().piece()
 
         return apply
 
-    def _capture(self, model: Model, rows: Sequence[Sequence[int]], batch: Batch, own: Schema) -> xr.DataTree:
-        import xarray as xr
+    def _padded(self, rows: Sequence[Sequence[int]], context: int) -> list[list[int]]:
+        """Sequences of one shape, whatever the batch: what follows a sequence changes nothing in it."""
+        filled = [[*row, *[0] * (context - len(row))] for row in rows]
+        return filled + [[0] * context] * (self.batch - len(rows))
 
-        kept: dict[str, list[NDArray[Any]]] = defaultdict(list)
-        statistics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-
-        def sink(point: HookPoint, tensor: torch.Tensor) -> None:
-            values = batch.own_rows(tensor, own.arrays[f"{point.kind}/value"])
-            stored, found = _store(values, self.store_dtype, point, f"{self.table}.store_dtype")
-            kept[point.kind].append(stored)
-            for name, value in found.items():
-                statistics[point.kind][name].append(value)
-
-        self._run(model, rows, sink)
-        nodes = {}
-        for kind, layers in kept.items():
-            dims = stored_dims(kind)
-            values = np.stack(layers) if dims[0] == "layer" else layers[0]
-            if values.shape[dims.index(batch.long(dims))]:
-                said = {name: np.array(v) for name, v in statistics[kind].items()}
-                nodes[kind] = xr.Dataset(
-                    {"value": (dims, values)}, coords=batch.coords(dims), attrs={"statistics": said}
-                )
-        return xr.DataTree.from_dict(nodes)
-
-    def _run(self, model: Model, rows: Sequence[Sequence[int]], sink: Sink) -> None:
+    def _run(
+        self, model: Model, kinds: Mapping[str, Sequence[HookPoint]], rows: Sequence[Sequence[int]], sink: Sink
+    ) -> None:
         """Run the model on the sequences of a batch. States come at all of `state_positions`, NaN where a sequence is
         too short for one.
         """
@@ -247,8 +253,8 @@ class Capture(Stage):
 
         from .models.taps import HookSpec
 
-        kinds, longest = self.points(model.spec), max(map(len, rows))
-        states = kinds.pop(STATE, ())
+        longest, states = max(map(len, rows)), kinds.get(STATE, ())
+        others = [point for kind, points in kinds.items() if kind != STATE for point in points]
         held = [n for n, position in enumerate(self.state_positions) if -longest <= position < longest]
 
         def spread(point: HookPoint, tensor: torch.Tensor) -> None:
@@ -258,14 +264,14 @@ class Capture(Stage):
                 tensor = everywhere
             sink(point, tensor)
 
-        hooks = HookSpec().capture(*(point for points in kinds.values() for point in points))
+        hooks = HookSpec().capture(*others)
         if held:
             hooks = hooks.capture(*states, positions=[self.state_positions[n] for n in held])
-        if kinds or (states and held):
+        if others or (states and held):
             model.forward(rows, hooks, logits=False, sink=spread)
         for point in states if not held else ():
             shape = (len(rows), 0, *(model.spec.sizes[dim] for dim in point.dims[2:]))
-            spread(point, torch.empty(shape))
+            spread(point, torch.empty(shape, device=model.device))
 
 
 def stored_points(schema: Schema) -> list[str]:
@@ -278,33 +284,8 @@ def stored_points(schema: Schema) -> list[str]:
     return found
 
 
-def stored_dims(kind: str) -> tuple[str, ...]:
-    """Dimensions of a kind of hook point in a store: `token` where one forward has `sequence` and `position`, layers in
-    front.
-    """
-    dims = dims_of(kind)
-    dims = ("token", *dims[2:]) if dims[:2] == ("sequence", "position") else dims
-    return ("layer", *dims) if kind in BLOCK else dims
-
-
 def _values_a_token(kind: str, sizes: Mapping[str, int]) -> int:
     """Values that a layer of a kind takes a token; where they lie by sequence, on average."""
     dims = stored_dims(kind)
     width = int(np.prod([sizes[dim] for dim in dims if dim not in ("layer", "token", "sequence")], dtype=object))
-    if "token" in dims:
-        return width
-    # Attention's have never counted: units of another size would be another store.
-    return 1 if kind.startswith("attn.") else -(-width * sizes["sequence"] // sizes["token"])
-
-
-def _store(values: torch.Tensor, dtype: Dtype, point: HookPoint, key: str) -> tuple[NDArray[Any], dict[str, float]]:
-    """Values as they are kept, on the host, and what is recorded of them. SchemaError if one does not fit the dtype."""
-    stored = cast(values, dtype, str(point), key)
-    # Of what is finite: a masked attention score is minus infinity, and a record could not say so in JSON.
-    found = values.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    lossy = values.dtype != stored.dtype
-    return on_host(stored), {
-        "abs_max": float(found.abs().amax()) if found.numel() else 0.0,
-        "square_sum": square_sum(found),
-        "error_square_sum": square_sum((stored.float() - values.float()).nan_to_num()) if lossy else 0.0,
-    }
+    return width if "token" in dims else -(-width * sizes["sequence"] // sizes["token"])

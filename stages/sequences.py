@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that are computed together, and which of their rows belong to the unit that asked."""
+    """Sequences that are computed together, ascending, and which of their rows belong to the unit that asked."""
 
     sequences: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -30,17 +31,25 @@ class Batch:
     def lengths(self) -> list[int]:
         return [int(self.ends[s] - self.starts[s]) for s in self.sequences]
 
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """The part of the token axis that the batch covers and the unit owns."""
-        first, last = self.sequences[0], self.sequences[-1]
-        return max(int(self.starts[first]), self.unit.start), min(int(self.ends[last]), self.unit.stop)
+    @cached_property
+    def _parts(self) -> list[tuple[int, int]]:
+        """The part [first, beyond) of the token axis of each sequence that the unit owns; empty for one that ends where
+        the unit begins.
+        """
+        first = np.maximum(self.starts[self.sequences], self.unit.start)
+        beyond = np.maximum(first, np.minimum(self.ends[self.sequences], self.unit.stop))
+        return list(zip(first.tolist(), beyond.tolist(), strict=True))
 
-    @property
-    def own_sequences(self) -> tuple[int, int]:
-        """The sequences of the batch that start in the unit."""
-        first, beyond = np.searchsorted(self.starts, [self.unit.start, self.unit.stop])
-        return max(int(first), int(self.sequences[0])), min(int(beyond), int(self.sequences[-1]) + 1)
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """The tokens that the batch covers and the unit owns, ascending."""
+        return np.concatenate([np.arange(first, beyond) for first, beyond in self._parts])
+
+    @cached_property
+    def own_sequences(self) -> NDArray[np.int64]:
+        """The sequences of the batch that start in the unit, ascending."""
+        starts = self.starts[self.sequences]
+        return self.sequences[(self.unit.start <= starts) & (starts < self.unit.stop)]
 
     def token_ids(self, block: xr.Dataset) -> list[list[int]]:
         """The token ids of each sequence, from a block of tokens that holds them whole."""
@@ -51,13 +60,7 @@ class Batch:
         return "token" if "token" in dims else "sequence"
 
     def coords(self, dims: Sequence[str]) -> dict[str, Any]:
-        import pandas as pd
-
-        return (
-            {"token": pd.RangeIndex(*self.tokens)}
-            if "token" in dims
-            else {"sequence": pd.RangeIndex(*self.own_sequences)}
-        )
+        return {"token": self.tokens} if "token" in dims else {"sequence": self.own_sequences}
 
     def own_rows(self, tensor: torch.Tensor, array: Array) -> torch.Tensor:
         """The unit's part of a capture, without padding: `[token, …]`, or `[sequence, …]`, of which `[…, query, key]`
@@ -65,39 +68,38 @@ class Batch:
         """
         if "token" in array.dims:
             return self.own_tokens(tensor)
-        first, beyond = self.own_sequences
+        rows = np.searchsorted(self.sequences, self.own_sequences).tolist()
         if "query" not in array.dims:
-            origin = int(self.sequences[0])
-            return tensor[first - origin : max(first, beyond) - origin]
+            return tensor if len(rows) == len(tensor) else tensor[rows]
         width = array.shape[-1]
-        own = tensor.new_full((max(0, beyond - first), *tensor.shape[1:-2], width, width), float("nan"))
-        for row, sequence in enumerate(range(first, beyond)):
-            n = int(self.ends[sequence] - self.starts[sequence])
-            own[row, ..., :n, :n] = tensor[sequence - int(self.sequences[0]), ..., :n, :n]
+        own = tensor.new_full((len(rows), *tensor.shape[1:-2], width, width), float("nan"))
+        for row, at in enumerate(rows):
+            n = self.lengths[at]
+            own[row, ..., :n, :n] = tensor[at, ..., :n, :n]
         return own
 
     def own_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
         """The unit's tokens [token, …] of a capture [sequence, position, …]."""
         import torch
 
-        first, beyond = self.tokens
-        origin = int(self.starts[self.sequences[0]])
-        if len(set(self.lengths)) == 1:
-            flat = tensor.flatten(0, 1)
-        else:
-            flat = torch.cat([row[:n] for row, n in zip(tensor, self.lengths, strict=True)])
-        return flat[first - origin : max(first, beyond) - origin]
+        if len(self.tokens) == tensor.shape[0] * tensor.shape[1]:
+            return tensor.flatten(0, 1)
+        origins = self.starts[self.sequences].tolist()
+        own = zip(tensor, self._parts, origins, strict=True)
+        return torch.cat([row[first - origin : beyond - origin] for row, (first, beyond), origin in own])
 
 
 def batches_of(unit: Unit, own: Schema, size: int) -> Iterator[Batch]:
-    """The sequences that touch a unit, `size` at a time, in their order: how they are batched never depends on who
-    computes the unit.
+    """The sequences that touch a unit, `size` at a time: the longest first, those of one length in their order, so that
+    little of a batch is padding. How they are batched never depends on who computes the unit.
     """
     starts = own.labels["sequences/start"][1]
     ends = np.append(starts[1:], own.n_token)
     first, beyond = touching(starts, unit)
-    for at in range(first, beyond, size):
-        yield Batch(np.arange(at, min(at + size, beyond)), starts, ends, unit)
+    sequences = np.arange(first, beyond)
+    by_length = sequences[np.argsort(starts[sequences] - ends[sequences], kind="stable")]
+    for at in range(0, len(by_length), size):
+        yield Batch(np.sort(by_length[at : at + size]), starts, ends, unit)
 
 
 def sequences_span(unit: Unit, source: Schema) -> slice:

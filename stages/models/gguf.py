@@ -102,6 +102,7 @@ def _dequantize(container: Container, name: str) -> "torch.Tensor":
         raise ModelError(
             f"{container.path} stores {name} as {kind.name}, which the gguf package cannot dequantise"
         ) from error
+    container.release(tensor.start, stored.nbytes)
     return torch.from_numpy(values.reshape(tensor.shape))
 
 

@@ -44,6 +44,12 @@ class Container:
     tensors: Mapping[str, StoredTensor]
     bytes_: mmap.mmap
 
+    def release(self, start: int, n_bytes: int) -> None:
+        """Have the system take back the pages that hold these bytes; whoever reads them again reads the file again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begun = start % mmap.PAGESIZE
+            self.bytes_.madvise(mmap.MADV_DONTNEED, start - begun, n_bytes + begun)
+
 
 def read_container(path: Path) -> Container:
     """Map a GGUF file and read everything but its tensors' values.

@@ -33,13 +33,18 @@ from .weights import Weights
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model on a device in a dtype. Usually made by `load_model`; `checkpoint` is where its tokenizer comes from."""
+    """A model on a device in a dtype. Usually made by `load_model`; `checkpoint` is where its tokenizer comes from.
+
+    With `compiled`, blocks in which nothing but the residual stream at their edges is captured or intervened on run
+    compiled (`compiling`), one form for every shape of batch: give batches of one shape.
+    """
 
     spec: ModelSpec
     weights: Weights = field(repr=False)
     device: torch.device
     dtype: torch.dtype
     checkpoint: Checkpoint | None = field(default=None, repr=False)
+    compiled: bool = False
 
     @cached_property
     def unembedding(self) -> Unembedding:
@@ -256,7 +261,7 @@ class Model:
     def _blocks(self) -> Blocks:
         weights = self.weights
         if self.spec.rwkv is None:
-            return TransformerBlocks(self.spec, weights.blocks, self.device, self.dtype)
+            return TransformerBlocks(self.spec, weights.blocks, self.device, self.dtype, self.compiled)
         return RwkvBlocks(self.spec, weights.rwkv_blocks, self.device, self.dtype)
 
     def _embed(self, token_ids_BT: Tensor, positions_bT: Tensor, top: At) -> Tensor:

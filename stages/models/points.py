@@ -165,6 +165,15 @@ def dims_of(kind: str) -> tuple[str, ...]:
     return _known(kind).dims
 
 
+def stored_dims(kind: str) -> tuple[str, ...]:
+    """Dimensions of a kind of hook point in a store: `token` where one forward has `sequence` and `position`, layers in
+    front.
+    """
+    dims = dims_of(kind)
+    dims = ("token", *dims[2:]) if dims[:2] == ("sequence", "position") else dims
+    return ("layer", *dims) if kind in BLOCK else dims
+
+
 def meaning_of(kind: str) -> str:
     """Say in a line what is captured at this kind of point. Raises HookError for one that is not in the vocabulary."""
     return _known(kind).meaning

@@ -38,6 +38,9 @@ def resolve(
     passed: dict[object, Tensor] = {}
     for point, found in wanted.items():
         place = top if point.layer is None else blocks.setdefault(point.layer, {})
+        if point.kind != STATE and not found.changes:  # most points of most forwards: nothing to be looked up
+            place[point.kind] = Tap(point, found.request(), record, last=point == last)
+            continue
         site = Site.of(point, spec, batch.lengths, passed)
         for change in found.changes:
             _check(change, point)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .attention import Sight, attention
 from .blocks import Blocks, Past, Run
 from .cache import KeyValueCache, LayerCache
+from .compiling import Compiled, compiled_block, only_around, tapped
 from .errors import ModelError
 from .masks import visible_keys
 from .parts import block, mlp
@@ -23,16 +24,22 @@ class TransformerBlocks(Blocks):
     """Those of a transformer; rotary frequencies that do not depend on a sequence's length are worked out once."""
 
     def __init__(
-        self, spec: ModelSpec, weights: tuple[BlockWeights, ...], device: torch.device, dtype: torch.dtype
+        self,
+        spec: ModelSpec,
+        weights: tuple[BlockWeights, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        compiled: bool = False,
     ) -> None:
         self._spec, self._weights, self._device, self._dtype = spec, weights, device, dtype
         self._frequencies: dict[RopeSpec, Tensor] = {}
+        self._compiled = compiled_block(spec) if compiled else None
 
     def start(self, lengths: Sequence[int], states: RecurrentStates | None) -> Run:
         if states is not None:
             raise ModelError(f"this model ({self._spec.family}) is not recurrent: it has no states to begin with")
         positions_1T = torch.arange(max(lengths), device=self._device)[None]
-        return _Run(self._spec, self._weights, self._sights(positions_1T, lengths), None)
+        return _Run(self._spec, self._weights, self._sights(positions_1T, lengths), None, self._compiled)
 
     def past(self, n_sequences: int, n_positions: int) -> Past:
         return KeyValueCache(self._spec, n_sequences, n_positions, self._device, self._dtype)
@@ -74,14 +81,21 @@ class _Run(Run):
         weights: tuple[BlockWeights, ...],
         sights: tuple[Sight, Sight],
         caches: Sequence[LayerCache] | None,
+        compiled: Compiled | None = None,
     ) -> None:
         self._spec, self._weights, self._sights, self._caches = spec, weights, sights, caches
+        self._compiled = compiled
 
     def __call__(self, x_BTD: Tensor, first: int, beyond: int, taps: Taps | None) -> Tensor:
         spec = self._spec
         for layer in range(first, beyond):
             w, at = self._weights[layer], {} if taps is None else taps.blocks[layer]
             sight = self._sights[spec.slides(layer)]
+            if self._compiled is not None and only_around(at) and not torch.is_grad_enabled():
+                x_BTD = tapped(at, "hook_resid_pre", x_BTD)
+                x_BTD = self._compiled(x_BTD, w, sight.rotation, sight.visible)
+                x_BTD = tapped(at, "hook_resid_post", x_BTD)
+                continue
             cache = None if self._caches is None else self._caches[layer]
             attend = partial(attention, w=w, spec=spec, layer=layer, sight=sight, cache=cache, at=at)
             x_BTD = block(x_BTD, w, spec, at, attend, partial(mlp, w=w, spec=spec, at=at))

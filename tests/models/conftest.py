@@ -11,13 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from forebay.stages.models.families import FAMILIES
-from forebay.stages.models.families.layout import name_tensors
 from forebay.stages.models.load import load_model
 from forebay.stages.models.model import Model
-from forebay.stages.models.spec import ModelSpec
 
 from . import reference
 from .families import VARIANTS, build
@@ -56,33 +52,12 @@ def english(smollm2: Model) -> Tensor:
 
 @pytest.fixture(scope="session")
 def transformers_smollm2(smollm2: Model) -> LlamaForCausalLM:
-    """transformers' Llama with the weights that the GGUF file's blocks stand for."""
-    checkpoint = smollm2.checkpoint
-    assert checkpoint is not None
-    with torch.device("meta"):  # random values for 135 million weights would be drawn for nothing
-        model = LlamaForCausalLM(config_of(checkpoint.spec))
-    names = name_tensors(checkpoint.spec, FAMILIES["llama"].layout)
-    state = {tensor: checkpoint.read(weight) for weight, tensor in names.items()}
-    assert model.load_state_dict(state, strict=False, assign=True).missing_keys == ["lm_head.weight"]
-    model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
-    return model.eval()
-
-
-def config_of(spec: ModelSpec) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=spec.d_vocab,
-        hidden_size=spec.d_model,
-        intermediate_size=spec.d_mlp,
-        num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads,
-        num_key_value_heads=spec.n_kv_heads,
-        head_dim=spec.d_head,
-        max_position_embeddings=spec.n_ctx,
-        rms_norm_eps=spec.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope.base},
-        tie_word_embeddings=spec.tied,
-    )
+    """transformers' Llama with the weights that the GGUF file's blocks stand for, as it is measured beside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        from benchmarks.rivals import transformers_of
+    rival: LlamaForCausalLM = transformers_of(smollm2)
+    return rival
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,15 @@ def test_freed_memory_is_kept_until_it_is_released() -> None:
     held, kept, released = map(int, said[2:])
     assert held >= kept > 390
     assert released < 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what of a file is in memory")
+def test_a_gguf_file_is_not_in_memory_beside_its_model(smollm2: Model) -> None:
+    assert smollm2.checkpoint is not None
+    (file,) = smollm2.checkpoint.files
+    smollm2.checkpoint.read("blocks.3.mlp.gate.weight")
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    begin = [n for n, line in enumerate(lines) if line.endswith(str(file))]
+    resident = [int(line.split()[1]) * 1024 for n in begin for line in lines[n : n + 8] if line.startswith("Rss:")]
+    assert len(resident) == len(begin) > 0
+    assert sum(resident) < file.stat().st_size / 10 * len(begin)

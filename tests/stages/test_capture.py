@@ -88,8 +88,8 @@ def sequences(folder: Path) -> list[tuple[int, list[int]]]:
 
 
 def by_hand(folder: Path, model: Model, hooks: list[str], *, batch: int, unit: int) -> dict[HookPoint, torch.Tensor]:
-    """The oracle: unit after unit, the sequences that touch it go through the model `batch` at a time; every value is
-    put where its token stands (or, for what has no token axis, its sequence), one by one.
+    """The oracle: unit after unit, the sequences that touch it go through the model `batch` at a time, the longest
+    first; every value is put where its token stands (or, for what has no token axis, its sequence), one by one.
     """
     rows = sequences(folder)
     n_token, width = sum(len(ids) for _, ids in rows), max(len(ids) for _, ids in rows)
@@ -97,8 +97,9 @@ def by_hand(folder: Path, model: Model, hooks: list[str], *, batch: int, unit: i
     for first in range(0, n_token, unit):
         beyond = min(first + unit, n_token)
         touching = [i for i, (start, ids) in enumerate(rows) if start < beyond and start + len(ids) > first]
+        longest_first = sorted(touching, key=lambda i: -len(rows[i][1]))
         for at in range(0, len(touching), batch):
-            some = touching[at : at + batch]
+            some = sorted(longest_first[at : at + batch])
             out = model.forward([rows[i][1] for i in some], HookSpec().capture(*hooks))
             for point, value in out.captures.items():
                 by_sequence = "query" in point.dims

@@ -104,8 +104,8 @@ def asked(model: Model, hooks: tuple[str, ...], positions: tuple[int, ...]) -> H
 
 
 def by_hand(model: Model, tokens: Tokens, hooks: HookSpec, *, batch: int, unit: int) -> dict[HookPoint, torch.Tensor]:
-    """The oracle: unit after unit, the sequences that touch it go through the model `batch` at a time; every value is
-    put where its token stands (or, for what has no token axis, its sequence), one by one.
+    """The oracle: unit after unit, the sequences that touch it go through the model `batch` at a time, the longest
+    first; every value is put where its token stands (or, for what has no token axis, its sequence), one by one.
     """
     rows, n_token = tokens.rows, len(tokens.ids)
     width = max(map(len, rows))
@@ -113,8 +113,9 @@ def by_hand(model: Model, tokens: Tokens, hooks: HookSpec, *, batch: int, unit: 
     for first in range(0, n_token, unit):
         beyond = min(first + unit, n_token)
         touching = [i for i, start in enumerate(tokens.starts) if start < beyond and start + len(rows[i]) > first]
+        longest_first = sorted(touching, key=lambda i: -len(rows[i]))
         for at in range(0, len(touching), batch):
-            some = touching[at : at + batch]
+            some = sorted(longest_first[at : at + batch])
             for point, value in model.forward([rows[i] for i in some], hooks).captures.items():
                 shape = {
                     "query": (len(rows), value.shape[1], width, width),
@@ -306,19 +307,34 @@ def test_a_unit_of_what_lies_by_sequence_is_as_large_as_one_of_tokens(
     assert own.unit_tokens % max(lengths) == 0
 
 
+def test_a_unit_is_bounded_over_all_hook_points_and_holds_a_batch(checkpoint: Path) -> None:
+    """All values of one unit take at most 256 MiB, and more than 64; a batch is never cut for that."""
+    tokens = Tokens.random([64] * 40).schema
+    hooks = ("blocks.*.{hook_resid_*,rwkv.*}",)
+    own = stage(checkpoint, hooks=hooks).schema(tokens)
+    assert len(own.arrays) > 8
+    a_token = own.nbytes / own.n_token
+    assert 2**26 < own.unit_tokens * a_token <= 2**28
+    least = 4 * own.unit_tokens // 64
+    assert stage(checkpoint, hooks=hooks, batch=least).schema(tokens).unit_tokens == 64 * least
+    widest = max(array.nbytes / array.shape[0] for array in own.arrays.values()) / own.n_token
+    unbounded = stage(checkpoint, hooks=hooks, batch=2**30).schema(tokens).unit_tokens
+    assert unbounded * widest <= 2**26 < 2 * unbounded * widest
+
+
 # ── the fingerprint ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_capture_without_states_is_determined_by_what_it_always_was(tiny_model: Path, checkpoint: Path) -> None:
     """So that stores made before there were states still match their recipes."""
-    before = ["batch", "compression", "dtype", "hooks", "store_dtype", "unit_tokens"]
+    before = ["batch", "compile", "compression", "dtype", "hooks", "store_dtype", "unit_tokens"]
     residual = ("blocks.*.hook_resid_post",)
     for model in (tiny_model, checkpoint):
         assert sorted(stage(model, hooks=residual).determining()) == before
     with_states = stage(checkpoint, hooks=(*residual, STATES)).determining()
     assert sorted(with_states) == sorted([*before, "state_positions"])
     assert with_states["state_positions"] == (-1,)
-    assert Capture.version == 2
+    assert Capture.version == 3
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
