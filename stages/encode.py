@@ -39,8 +39,11 @@ class Encode(Stage):
     `layers` chooses some.
 
     Reads the activations that [capture] has stored, or, `fused`, runs the model itself (in `model_dtype`, `batch`
-    sequences at a time), so that dense activations never reach the disk. Encodes in `dtype` (thresholds are float32
-    whatever it is), keeps values in `store_dtype`. At most `memory` bytes of preactivations exist at a time.
+    sequences at a time), so that dense activations never reach the disk. Encodes in `dtype`, keeps values in
+    `store_dtype`. A 16-bit `dtype` rounds activations, weights and preactivations to it; their product is summed up,
+    and compared with thresholds, in float32. Preactivations exist for memory / (3 · features · bytes of `dtype`) rows
+    at a time; from block to block the number of rows may change the last bit of a value, so `memory` is part of the
+    fingerprint.
 
     TopK features are kept as regular arrays, others as ragged rows with room for `most_active` features a token on
     average. How well the dictionary reconstructs is measured on every `fit_every`-th token (0: not at all); that, the
@@ -193,9 +196,10 @@ class Encode(Stage):
 
     def identity(self) -> dict[str, Any]:
         """Which dictionary fills which group from where; of one on the hub, of which not every file is here, by its
-        commit.
+        commit. Behind the forward also how sequences are batched, which was otherwise once.
         """
-        return {"sites": [[site.group, site.hook, site.hook_out, site.revision] for site in self.sites]}
+        batched = {"batches": "by length"} if self.fused else {}
+        return {"sites": [[site.group, site.hook, site.hook_out, site.revision] for site in self.sites], **batched}
 
     def numerics(self, device: str) -> dict[str, Any]:
         return product_numerics(device, self.threads)
@@ -219,15 +223,15 @@ class Encode(Stage):
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        encodings = load_encodings(self, device, own)
+        encodings = load_encodings(self, device)
         return self._behind_forward(encodings, device, own) if self.fused else self._over_stored(encodings, own)
 
     def _over_stored(self, encodings: tuple[SiteEncoding, ...], own: Schema) -> Apply:
         from .dictionaries.encoding import pieces_of, stored_pieces
 
         def apply(block: xr.Dataset, unit: Unit) -> Iterator[xr.DataTree]:
-            for first, activations in stored_pieces(block, unit, encodings):
-                yield from pieces_of(encodings, activations, first, own)
+            for tokens, activations in stored_pieces(block, unit, encodings):
+                yield from pieces_of(encodings, activations, tokens, own)
 
         return apply
 
@@ -249,8 +253,7 @@ class Encode(Stage):
                     activations[str(point)] = batch.own_tokens(tensor)  # noqa: B023  called in this round
 
                 model.forward(batch.token_ids(block), hooks, logits=False, sink=sink)
-                if batch.tokens[0] < batch.tokens[1]:
-                    yield from pieces_of(encodings, activations, batch.tokens[0], own)
+                yield from pieces_of(encodings, activations, batch.tokens, own)
 
         return apply
 

@@ -73,9 +73,9 @@ def probe(
 
     `validation`: the share of documents held out (a permutation seeded by `seed`), or which documents. In packed
     windows a held-out token also reads documents before it in its window: capture with layout="documents", or label
-    such tokens −1. `standardize`
-    scales rows by mean and standard deviation of the training split for logistic and ridge; what is given is folded
-    back, so that `weight · value + bias` is the score: log-odds of the second class, or what is predicted.
+    such tokens −1. `standardize` scales rows by mean and standard deviation of the training split for logistic and
+    ridge; what is given is folded back, so that `weight · value + bias` is the score: log-odds of the second class, or
+    what is predicted.
 
     Gives `weight[…, (alpha, class,) width]` and `bias` (float64; of two classes one weight, positive for the second,
     otherwise one a `class`), and by `split` (train, validation): `n_example`; `accuracy`, `balanced_accuracy`, and of

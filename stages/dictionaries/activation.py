@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import DictionaryError
-from .selection import above, top_k
+from .selection import entries_above, top_k
 
 Kind = Literal["relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated"]
 
@@ -120,8 +120,8 @@ class Activation:
         """The features of preactivations [row, feature] that fire."""
         if self.kind in THRESHOLDED or self.kind == "relu":
             bound = 0.0 if self.threshold is None else self.threshold.clamp(min=0)
-            row, feature = above(h, bound)
-            return Sparse(torch.bincount(row, minlength=len(h)), feature, h[row, feature], h.shape[-1])
+            row, feature, value = entries_above(h, bound)
+            return Sparse(torch.bincount(row, minlength=len(h)), feature, value, h.shape[-1])
         return Sparse.from_dense(self(h, b_enc))
 
     def ranked(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +130,10 @@ class Activation:
         """
         values, features = RANKED[self.kind](self, h)
         fires = values != 0
-        values, order = torch.sort(torch.where(fires, values, -torch.inf), dim=-1, descending=True, stable=True)
-        features = torch.where(fires, features, -1).gather(-1, order)
+        features = torch.where(fires, features, -1)
+        if self.kind not in DESCENDING:
+            values, order = torch.sort(torch.where(fires, values, -torch.inf), dim=-1, descending=True, stable=True)
+            features = features.gather(-1, order)
         return torch.where(features >= 0, values, 0), features
 
 
@@ -201,6 +203,8 @@ RANKED: Mapping[str, Callable[[Activation, Tensor], tuple[Tensor, Tensor]]] = {
     "groupmax": _groupmax,
 }
 """Counted kind → values and features [row, k], ascending by feature where values are equal."""
+DESCENDING = frozenset({"topk"})
+"""Counted kinds whose values come the largest first, with what does not fire at the end."""
 DENSE: Mapping[str, Callable[[Activation, Tensor, Tensor], Tensor]] = {
     "relu": _relu,
     "topk": _counted,

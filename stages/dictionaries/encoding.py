@@ -15,6 +15,7 @@ from torch import Tensor
 from ...stores.errors import SchemaError
 from ...stores.grid import Unit
 from ...stores.schema import Schema
+from ..models.memory import keep_freed_memory
 from ..models.points import HookPoint
 from ..storing import Dtype, cast, on_host
 from .activation import Sparse
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 PIECE_TOKENS = 4096
 """Of stored activations that are read at a time."""
 COPIES = 3
-"""Arrays as large as the preactivations that exist beside them while features are chosen."""
+"""A block has so many rows that as many arrays as large as its preactivations fit `memory`. This and `PIECE_TOKENS` cut
+the rows of products, whose last bits may differ with their number: what is stored depends on them.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,12 @@ class SiteEncoding:
         return activations[:, self.site.head] if self.site.head is not None else activations.flatten(1)
 
 
-def load_encodings(encode: Encode, device: str, own: Schema) -> tuple[SiteEncoding, ...]:
-    """The encoders of a step on the device, and how many rows each takes at a time."""
+def load_encodings(encode: Encode, device: str) -> tuple[SiteEncoding, ...]:
+    """The encoders of a step on the device, and how many rows each takes at a time: memory / (3 · features · bytes of
+    a preactivation).
+    """
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()  # preactivations are as large in every block
     dtype = getattr(torch, encode.dtype)
     found = []
     for site in encode.sites:
@@ -79,17 +86,19 @@ def load_encodings(encode: Encode, device: str, own: Schema) -> tuple[SiteEncodi
 
 def stored_pieces(
     block: xr.Dataset, unit: Unit, encodings: Sequence[SiteEncoding]
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """First token and activations by hook point of the unit's tokens, a few thousand at a time, read one piece ahead.
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]:
+    """The unit's tokens and their activations by hook point, a few thousand at a time, read one piece ahead.
 
     `block` holds lazy `<kind>/value` along `token` and, within blocks of the model, `<kind>/layer`.
     """
     names = dict.fromkeys(name for encoding in encodings for name in encoding.reads)
     held = {name: variable for name in names if (variable := _variable(block, HookPoint.parse(name))) is not None}
 
-    def read(first: int) -> tuple[int, dict[str, Tensor]]:
-        span = slice(first - unit.start, min(first + PIECE_TOKENS, unit.stop) - unit.start)
-        return first, {name: torch.from_numpy(one.isel(token=span).values) for name, one in held.items()}
+    def read(first: int) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
+        beyond = min(first + PIECE_TOKENS, unit.stop)
+        span = slice(first - unit.start, beyond - unit.start)
+        values = {name: torch.from_numpy(one.isel(token=span).values) for name, one in held.items()}
+        return np.arange(first, beyond), values
 
     with ThreadPoolExecutor(1, "read") as reader:
         ahead = None
@@ -115,59 +124,64 @@ def _variable(block: xr.Dataset, point: HookPoint) -> xr.Variable | None:
 
 
 def pieces_of(
-    encodings: Sequence[SiteEncoding], activations: Mapping[str, Tensor], first: int, own: Schema
+    encodings: Sequence[SiteEncoding], activations: Mapping[str, Tensor], tokens: NDArray[np.int64], own: Schema
 ) -> Iterator[xr.DataTree]:
-    """The features of consecutive tokens from `first` on, as one piece of a features store."""
-    import pandas as pd
+    """The features of tokens, as one piece of a features store."""
     import xarray as xr
 
-    n_token = len(next(iter(activations.values())))
-    tokens = np.arange(first, first + n_token)
     starts = own.labels["sequences/start"][1]
     position = tokens - starts[np.searchsorted(starts, tokens, "right") - 1]
     nodes = {}
     for encoding in encodings:
         counted = position >= encoding.skip_positions
         variables, statistics = _encode(encoding, activations, tokens, counted)
-        coords = {"token": pd.RangeIndex(first, first + n_token)}
-        nodes[encoding.site.group] = xr.Dataset(variables, coords=coords, attrs={"statistics": statistics})
+        nodes[encoding.site.group] = xr.Dataset(variables, coords={"token": tokens}, attrs={"statistics": statistics})
     yield xr.DataTree.from_dict(nodes)
 
 
 def _encode(
     encoding: SiteEncoding, activations: Mapping[str, Tensor], tokens: NDArray[np.int64], counted: NDArray[np.bool_]
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Variables of a group's piece, and its statistics, block by block."""
-    x = encoding.rows(activations[encoding.site.hook])
-    if not bool(torch.isfinite(x).all()):
-        first = int(tokens[int((~torch.isfinite(x)).any(-1).nonzero()[0])])
-        raise SchemaError(
-            f"{encoding.site.hook}: the activations of token {first} are NaN or infinite, and have no features. "
-            'Capture in a wider dtype ("float32" or "bfloat16")'
-        )
-    target = activations.get(encoding.site.hook_out) if encoding.fits else None
+    """Variables of a group's piece, and its statistics, block by block; what is kept leaves the device once a piece."""
+    site = encoding.site
+    x = encoding.rows(activations[site.hook]).to(encoding.encoder.device)
+    _require_finite(x, site, tokens)
+    target = activations.get(site.hook_out) if encoding.fits else None
     chosen = np.flatnonzero(counted & (tokens % encoding.fit_every == 0)) if target is not None else np.zeros(0, int)
-    blocks, decoded = [], []
-    for at in range(0, len(x), encoding.block_rows):
+    edges = range(0, len(x), encoding.block_rows)
+    samples = np.split(chosen, np.searchsorted(chosen, edges[1:]))
+    blocks = []
+    for at, sample in zip(edges, samples, strict=True):
         rows = x[at : at + encoding.block_rows]
-        sample = torch.from_numpy(chosen[(chosen >= at) & (chosen < at + len(rows))] - at).to(x.device)
-        block, again = _block(encoding, rows, sample)
-        blocks.append(block)
-        decoded.append(again)
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    statistics = {"token_sum": np.array([counted.sum()]), "l0_sum": np.array([columns["count"][counted].sum()])}
+        blocks.append(_block(encoding, rows, torch.from_numpy(sample - at).to(x.device)))
+    value, feature, count, decoded = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    counts = on_host(count.to(torch.int32))
+    kept = on_host(cast(value, encoding.store_dtype, f"features of {site.source}", "encode's store_dtype"))
+    statistics = {"token_sum": np.array([counted.sum()]), "l0_sum": np.array([counts[counted].sum()])}
     if target is not None:
-        statistics |= _fit(torch.cat(decoded), encoding.rows(target)[torch.from_numpy(chosen).to(target.device)])
-    dims = ("nonzero",) if encoding.site.rank is None else ("token", "rank")
-    variables: dict[str, Any] = {name: (dims, columns[name]) for name in ("feature", "value")}
-    if encoding.site.rank is None:
-        variables["count"] = (("token",), columns["count"])
+        statistics |= _fit(decoded, encoding.rows(target)[torch.from_numpy(chosen).to(target.device)])
+    dims = ("nonzero",) if site.rank is None else ("token", "rank")
+    variables: dict[str, Any] = {"feature": (dims, on_host(feature.to(torch.int32))), "value": (dims, kept)}
+    if site.rank is None:
+        variables["count"] = (("token",), counts)
     return variables, statistics
 
 
-def _block(encoding: SiteEncoding, x: Tensor, sample: Tensor) -> tuple[dict[str, NDArray[Any]], Tensor]:
-    """`feature`, `value` and `count` of one block of rows, as they are kept; and the reconstructions of a sample of
-    them, where there is a decoder.
+def _require_finite(x: Tensor, site: Site, tokens: NDArray[np.int64]) -> None:
+    """SchemaError naming the first token with activations that are NaN or infinite."""
+    # A sum is finite, or overflows, or tells of what is not: cheaper than a mask as large as the activations.
+    if bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all()):
+        return
+    first = int(tokens[int((~torch.isfinite(x)).any(-1).nonzero()[0])])
+    raise SchemaError(
+        f"{site.hook}: the activations of token {first} are NaN or infinite, and have no features. "
+        'Capture in a wider dtype ("float32" or "bfloat16")'
+    )
+
+
+def _block(encoding: SiteEncoding, x: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, features and their number a token, of one block of rows; and the reconstructions of a sample of them,
+    where there is a decoder.
     """
     encoder, site = encoding.encoder, encoding.site
     if site.rank is not None:
@@ -178,16 +192,10 @@ def _block(encoding: SiteEncoding, x: Tensor, sample: Tensor) -> tuple[dict[str,
         coded = encoder.encode_sparse(x)
         value, feature, count = coded.value, coded.feature, coded.count
         sparse = coded.take(sample) if len(sample) else coded
-    kept = cast(value, encoding.store_dtype, f"features of {site.source}", "encode's store_dtype")
-    columns = {
-        "feature": on_host(feature.to(torch.int32)),
-        "value": on_host(kept),
-        "count": on_host(count.to(torch.int32)),
-    }
     if not isinstance(encoder, Dictionary):
-        return columns, x.new_zeros(0, 0)
+        return value, feature, count, x.new_zeros(0, 0)
     decoded = encoder.decode_sparse(sparse, x[sample]) if len(sample) else x.new_zeros(0, encoder.d_out)
-    return columns, decoded.to(x.dtype)
+    return value, feature, count, decoded.to(x.dtype)
 
 
 def _fit(decoded: Tensor, target: Tensor) -> dict[str, NDArray[Any]]:

@@ -71,7 +71,7 @@ def test_killed_and_started_again_it_leaves_the_same_bytes(start: Callable[[Path
     whole.join()
     assert whole.exitcode == 0
     chance, folder, reached = random.Random(5), tmp_path / "killed", 0
-    for _ in range(4):
+    for _ in range(2):
         process = start(folder)
         until = time.monotonic() + 120
         while len(lines(folder)) < reached + 12 and process.is_alive() and time.monotonic() < until:

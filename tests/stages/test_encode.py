@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import forebay
 from forebay.pipeline.recipe import read_recipe
+from forebay.stages.dictionaries import encoding
+from forebay.stages.dictionaries.dictionary import Dictionary
 from forebay.stages.dictionaries.errors import DictionaryError
 from forebay.stores.dtypes import bfloat16_to_float32
 from forebay.stores.errors import RecipeError, SchemaError
@@ -175,6 +178,39 @@ def test_blocks_units_and_batches_do_not_change_a_feature(encoded: Encoded, tmp_
     whole = dense(folder, "whole")
     assert np.abs(dense(folder, "small") - whole).max() <= 1e-5 * whole.max()
     assert np.abs(dense(folder, "behind") - whole).max() <= 1e-5 * whole.max()
+
+
+def test_blocks_hold_bit_for_bit_what_the_dense_features_of_their_rows_are(
+    encoded: Encoded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every dtype, with thresholds in float32. Products of other numbers of rows may differ in the last bit: the
+    blocks are those that `memory` has room for.
+    """
+    monkeypatch.setattr(encoding, "COPIES", 700)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    weights = {name: write(tmp_path / name, name) for name in ("topk", "jumprelu")}
+    tables = {name: {"dictionary": str(w.folder), "memory": 2**20, "unit_tokens": 48} for name, w in weights.items()}
+    steps = {f"{name}-{dtype}": {**tables[name], "dtype": dtype} for name in weights for dtype in dtypes}
+    folder = encoded("run", steps)
+    x = torch.from_numpy(activations(folder)).float()
+    for step, table in steps.items():
+        name, dtype = step.split("-")[0], dtypes[str(table["dtype"])]
+        dictionary = forebay.load_dictionary(str(table["dictionary"]))
+        assert isinstance(dictionary, Dictionary)
+        dictionary = dictionary.to(dtype=dtype)
+        rows = 2**20 // (FEATURES * dtype.itemsize * 700)
+        blocks = [block for unit in x.split(48) for block in unit.split(rows)]
+        due = torch.cat([by_dense_path(name, dictionary.preactivations(block), weights[name]) for block in blocks])
+        assert np.array_equal(dense(folder, step), due.double().numpy()), step
+
+
+def by_dense_path(architecture: str, h: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """Features [token, feature] of preactivations in whatever dtype, by a stable sort or a comparison in float32."""
+    if architecture == "jumprelu":
+        threshold = torch.from_numpy(weights.tensors["threshold"]).float()
+        return torch.where((h.float() > threshold) & (h > 0), h, 0)
+    best = torch.sort(h, dim=-1, descending=True, stable=True).indices[:, :K]
+    return torch.zeros_like(h).scatter(-1, best, h.gather(-1, best).relu())
 
 
 def test_documents_of_any_length_are_encoded_once_each(encoded: Encoded, tmp_path: Path) -> None:
