@@ -13,11 +13,16 @@ from ..dictionaries import index_features, train_in_run
 from ..plan import Plan, Step, resolve_device
 from ..progress import Progress
 
+WAITED = 0.1
+"""The share of a step's time in which it waits for the disk from which on it is told so."""
+
 
 @dataclass
 class StepOutcome:
     """What a run did for one step: tokens computed and bytes written by this run, wall `seconds` (loading left out).
 
+    Of these, where one process computes and writes at the same time, `computing` and `writing` are the seconds in which
+    it did either, and `waited` those in which it could not compute because the last unit was still being written.
     `left` counts the tokens that had no record when the run ended; `failed` maps a unit to the path of its record.
     """
 
@@ -26,8 +31,22 @@ class StepOutcome:
     tokens: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+    waited: float = 0.0
     left: int = 0
     failed: dict[int, Place] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> str | None:
+        """Says, with both rates, that the disk is what a step waits for; None where it is not."""
+        if self.waited < max(1.0, WAITED * self.seconds):
+            return None
+        computed, written = (self.nbytes / seconds / 1e6 for seconds in (self.computing, self.writing))
+        return (
+            f"{self.name}: the disk is the limit: units are computed at {computed:,.0f} MB/s and written at "
+            f"{written:,.0f} MB/s; {self.waited / self.seconds:.0%} of the time nothing was computed"
+        )
 
 
 class Executor(ABC):
@@ -56,7 +75,9 @@ class Executor(ABC):
 
     @abstractmethod
     def run_step(self, plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOutcome:
-        """Computes the units of a step that have no record. Ends early when `stop` is set; raises for a full disk."""
+        """Computes the units of a step that have no record. Ends early when `stop` is set; raises
+        DiskFull and StorageError, which are every unit's, and nothing that is one unit's own.
+        """
 
     def train(self, plan: Plan, name: str, progress: Progress, stop: Event) -> bool:
         """Trains the dictionary of [train.NAME]. Whether it is done, or another process is at it and nothing here

@@ -40,7 +40,7 @@ class ThisProcess(Executor):
 def run_step(plan: Plan, step: Step, progress: Progress, stop: Event) -> StepOutcome:
     """All units of a step that are not done, in order, overlapped.
 
-    Ends early when `stop` is set; raises for a full disk only.
+    Ends early when `stop` is set; raises DiskFull and StorageError, which are every unit's.
     """
     return run_units(plan, step, step.todo(), progress, stop)
 
@@ -57,6 +57,8 @@ def run_units(plan: Plan, step: Step, units: Iterable[Unit], progress: Progress,
         started = time.perf_counter()
         _overlapped(plan, step, store, apply, first, todo, outcome, progress, stop)
         outcome.seconds = time.perf_counter() - started
+        if outcome.limit:
+            progress.said(outcome.limit)
     settle(outcome, step)
     if first is not None and not outcome.left:
         store.sweep(before=began)
@@ -101,9 +103,11 @@ def _overlapped(
             except Exception as error:
                 _fail(outcome, store, unit, error, progress)
             else:
-                if behind:
-                    _settle(outcome, store, *behind, progress)
                 timing = {"compute": time.perf_counter() - begun}
+                if behind:
+                    waiting = time.perf_counter()
+                    _settle(outcome, store, *behind, progress)
+                    outcome.waited += time.perf_counter() - waiting
                 behind = (unit, finisher.submit(_finish, writer, timing)) if writer else None
             unit = following
         if behind:
@@ -158,6 +162,8 @@ def _settle(outcome: StepOutcome, store: Store, unit: Unit, record: Future[Recor
         if found is not None:
             outcome.tokens += len(unit)
             outcome.nbytes += found["bytes"]
+            outcome.computing += found["seconds"]["compute"]
+            outcome.writing += found["seconds"]["write"]
             progress.recorded(unit, found)
 
 

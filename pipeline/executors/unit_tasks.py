@@ -21,7 +21,7 @@ from ...stores.places import Place, place
 from ..plan import Plan, Step
 from ..progress import Progress
 from .executor import StepOutcome, settle
-from .units import fail
+from .units import fail, is_recorded
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -35,6 +35,10 @@ SLOW, LEAST_SLOW, FIRST_SLOW = 10, 60.0, 1800.0
 LOOK = 2.0
 """Seconds between two looks at who is at what."""
 POLL = 0.2
+FETCH = 30.0
+"""Seconds in which the result of a unit that is computed has to come."""
+STALLED = 30.0
+"""Seconds without a worker, while some have nothing to do, after which a unit is begun anew."""
 
 EVERYONES = (ForebayError, ModelError, HookError, DictionaryError)
 """What ends a run and is not one unit's failure."""
@@ -42,10 +46,14 @@ EVERYONES = (ForebayError, ModelError, HookError, DictionaryError)
 
 @dataclass
 class Flight:
-    """A unit on its way: every task that was begun for it, with the worker that it runs on and since when."""
+    """A unit on its way: every task that was begun for it, with the worker that it runs on and since when; `alone` if
+    nothing else is on its way, and `seen` when last it was on a worker or all of them had work.
+    """
 
     unit: Unit
     submitted: float
+    alone: bool = False
+    seen: float = field(default_factory=time.monotonic)
     tasks: dict[str, Future[Record]] = field(default_factory=dict)
     running: dict[str, tuple[str, float]] = field(default_factory=dict)
 
@@ -68,6 +76,8 @@ class UnitTasks:
         self.outcome = StepOutcome(step.stage.store, step.schema.n_token)
         self.mark = uuid.uuid4().hex[:4]
         self.flights: dict[int, Flight] = {}
+        self.suspects: deque[Unit] = deque()
+        self.n_task = 0
         self.ended: queue.SimpleQueue[Future[Record]] = queue.SimpleQueue()
         self.took: list[float] = []
         self.looked = 0.0
@@ -82,10 +92,12 @@ class UnitTasks:
         self.progress.start(outcome.name, outcome.n_token, outcome.n_token - sum(map(len, todo)))
         started = time.perf_counter()
         try:
-            while (todo or self.flights) and not self.stop.is_set():
+            while (todo or self.flights or self.suspects) and not self.stop.is_set():
                 self._look()
                 while todo and len(self.flights) < self.window:
                     self._submit(todo.popleft())
+                if self.suspects and not self.flights:
+                    self._submit(self.suspects.popleft(), alone=True)
                 self._hear(POLL)
             if self.stop.is_set():
                 self._end()
@@ -97,14 +109,15 @@ class UnitTasks:
             self.store.sweep(before=began)
         return outcome
 
-    def _submit(self, unit: Unit, **where: Any) -> None:
-        """Begins a task for a unit, under a key that says on the dashboard what it is."""
-        flight = self.flights.setdefault(unit.index, Flight(unit, time.monotonic()))
-        name, again = self.step.stage.store, f"-again{len(flight.tasks)}" if flight.tasks else ""
-        key = f"{name}-unit-{unit.index:06d}-{self.plan.folder.name}-{self.step.fingerprint[:8]}-{self.mark}{again}"
+    def _submit(self, unit: Unit, alone: bool = False, **where: Any) -> None:
+        """Begins a task for a unit, under a key of its own that says on the dashboard what it is."""
+        flight = self.flights.setdefault(unit.index, Flight(unit, time.monotonic(), alone))
+        name, mark = self.step.stage.store, f"{self.mark}{self.n_task}"
+        key = f"{name}-unit-{unit.index:06d}-{self.plan.folder.name}-{self.step.fingerprint[:8]}-{mark}"
         arguments = self.folder, name, unit.index, self.plan.device
         task = self.client.submit(self.call, *arguments, key=key, pure=False, **where)
         flight.tasks[key] = task
+        self.n_task += 1
         task.add_done_callback(self.ended.put)
 
     def _hear(self, timeout: float) -> None:
@@ -122,8 +135,8 @@ class UnitTasks:
         flight = next((one for one in self.flights.values() if key in one.tasks), None)
         if flight is None:
             return
-        if task.status == "finished":
-            self._came(flight, key, task.result())
+        if task.status == "finished" and (record := self._record(flight, task)):
+            self._came(flight, key, record)
             return
         del flight.tasks[key]
         if task.status == "error":
@@ -131,12 +144,34 @@ class UnitTasks:
             if isinstance(error, EVERYONES):
                 raise error
             if not flight.tasks:
-                self._failed(flight, error, fail(self.store.ledger, flight.unit, _told(flight.unit, error)))
+                self._died(flight, error)
         elif self.client.status != "running":
             self.progress.said("dask: the scheduler is gone. What is recorded is safe")
             self.stop.set()
         elif not flight.tasks and not self.stop.is_set():
-            self._submit(flight.unit)  # it was cancelled by somebody else
+            self._submit(flight.unit)  # it was cancelled by somebody else, or what came of it is lost
+
+    def _died(self, flight: Flight, error: BaseException | None) -> None:
+        """A unit whose workers died is tried alone at the end before it is given up: others were on them too."""
+        from distributed import KilledWorker
+
+        if isinstance(error, KilledWorker) and not flight.alone:
+            self.progress.said(f"unit {flight.unit.index} was on workers that died: it is tried alone at the end")
+            self._leave(flight)
+            self.suspects.append(flight.unit)
+        else:
+            said = _told(flight.unit, error)
+            self._failed(flight, said, fail(self.store.ledger, flight.unit, said))
+
+    def _record(self, flight: Flight, task: Future[Record]) -> Record | None:
+        """What a unit's task gave; where its worker died before it could hand that over, the unit's record. None if it
+        has none.
+        """
+        try:
+            return task.result(timeout=FETCH)
+        except Exception:
+            unit, ledger = flight.unit, self.store.ledger
+            return ledger.record(unit.index) if is_recorded(ledger, unit) else None
 
     def _came(self, flight: Flight, key: str, record: Record) -> None:
         unit = flight.unit
@@ -170,9 +205,24 @@ class UnitTasks:
         for flight in list(self.flights.values()):
             on = {key: worker for key in flight.tasks for worker, keys in working.items() if key in keys}
             flight.running = {key: (w, flight.running.get(key, (w, now))[1]) for key, w in on.items()}
+            if on or all(working.values()):
+                flight.seen = now
+            elif now - flight.seen > STALLED:
+                self._anew(flight)
+                continue
             for key, (worker, since) in flight.running.items():
                 if now - since > slow:
                     self._again(flight, key, worker, now - since > 2 * slow, list(working))
+
+    def _anew(self, flight: Flight) -> None:
+        """Begins a unit once more that no worker has, though some have nothing to do: it was lost with a worker."""
+        self.client.cancel(list(flight.tasks.values()))
+        flight.tasks, flight.seen = {}, time.monotonic()
+        if is_recorded(self.store.ledger, flight.unit):
+            self._came(flight, "", self.store.ledger.record(flight.unit.index))
+        else:
+            self.progress.said(f"unit {flight.unit.index} was lost with its worker, and is begun anew")
+            self._submit(flight.unit)
 
     def _again(self, flight: Flight, key: str, worker: str, hopeless: bool, workers: list[str]) -> None:
         """Begins a slow unit on another worker too. Where there is none, or that did not help, the worker that hangs is

@@ -1,11 +1,12 @@
-"""A run that is complete: made once, and copied for the tests that damage it."""
+"""A run that is complete, made once, and copied for the tests that damage it; and a recipe that fails at a document."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,29 @@ def whole_run(whole_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def own_run(whole_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to be changed."""
     return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def poisoned(
+    make_recipe: Callable[..., Path], altered_model: Callable[..., Path], texts: list[str]
+) -> Callable[..., Path]:
+    """Writes a recipe over `documents`, of which those with "~" fail: the embedding of that token, and of no other, is
+    far beyond the float16 in which it is kept. Keywords are those of [capture].
+    """
+    from tokenizers import Tokenizer
+
+    token = 0
+
+    def louder(weights: dict[str, Any]) -> None:
+        weights["model.embed_tokens.weight"][token] *= 1e7
+
+    plain = altered_model(lambda weights: None)
+    token = Tokenizer.from_file(str(plain / "tokenizer.json")).token_to_id("~")
+    shutil.rmtree(plain)
+    model = altered_model(louder)
+
+    def make(documents: Sequence[str] = (*texts[:9], "This is ~ too loud.", *texts[9:]), **capture: Any) -> Path:
+        keys = {"hooks": ["hook_embed"], "store_dtype": "float16", **capture}
+        return make_recipe(texts=documents, model=model, capture=keys)
+
+    return make

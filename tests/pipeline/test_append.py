@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 import forebay
 from forebay.pipeline.cli import main
+from forebay.stages.capture import Capture
 from forebay.stages.dictionaries.errors import DictionaryError
 from forebay.stores.errors import CorpusError, FingerprintMismatch, SchemaError, StoreNotFound
 from forebay.stores.fingerprint import fingerprint
@@ -99,10 +100,11 @@ def headers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def inodes(folder: Path) -> dict[str, int]:
-    """Which files objects and records are: writing one again, also with equal bytes, makes another."""
+def versions(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which files objects and records are: writing one again, also with equal bytes, makes another. The number of a file that
+    is gone may be given to a new one, hence the time."""
     found = [*folder.glob("*/data.zarr/**/c/**/*"), *folder.glob("*/done/*.json")]
-    return {str(path.relative_to(folder)): path.stat().st_ino for path in found if path.is_file()}
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found if path.is_file()}
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -138,10 +140,10 @@ def test_two_appends_give_the_run_over_all_files(
         before = {path.parent.name: Store.open(path.parent) for path in folder.glob("*/data.zarr")}
         n_token = {name: store.schema.n_token for name, store in before.items()}
         starts = {name: store.labels["sequences/start"][1] for name, store in before.items()}
-        files, outcome = inodes(folder), forebay.append(folder, [file])
+        files, outcome = versions(folder), forebay.append(folder, [file])
         assert outcome.code == 0
         grown = {name: Store.open(folder / name) for name in before}
-        due, after = {}, inodes(folder)
+        due, after = {}, versions(folder)
         for name, store in grown.items():
             # A last window that was not full becomes longer, and with it every unit that it touches changes.
             edges = [*store.labels["sequences/start"][1].tolist(), store.schema.n_token]
@@ -277,9 +279,10 @@ def test_what_cannot_be_is_refused_by_name_and_nothing_is_touched(
     corpora[0].write_bytes(first)
     header = folder / "activations/data.zarr/zarr.json"
     kept = header.read_text()
-    header.write_text(kept.replace('"version": 2', '"version": 1'))
+    header.write_text(kept.replace(f'"version": {Capture.version}', '"version": 1'))
     before = everything(folder)
-    refused(FingerprintMismatch, "activations was made otherwise .*\n  version: 2 here, 1 in the store", corpora[2])
+    said = rf"activations was made otherwise .*\n  version: {Capture.version} here, 1 in the store"
+    refused(FingerprintMismatch, said, corpora[2])
     header.write_text(kept)
     (folder / "features-old").mkdir()
     shutil.copytree(folder / "activations/data.zarr", folder / "features-old/data.zarr")
@@ -353,7 +356,9 @@ def test_killed_at_any_change_it_goes_on_to_the_same(
     recipe_over: Callable[..., Path],
     fork_run: Callable[[Path, Path], Any],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # where the process to be killed finds this file
     base, whole, three = tmp_path / "base", tmp_path / "whole", recipe_over(corpora, **STRADDLING)
     for recipe, folder in ((recipe_over(corpora[:2], **STRADDLING), base), (three, whole)):
         process = fork_run(recipe, folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -24,19 +26,12 @@ from forebay.stores.errors import FingerprintMismatch
 from forebay.stores.ledger import Ledger
 from forebay.stores.store import Store
 
+from ..stored import data
+
 MakeRecipe = Callable[..., Path]
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"tokenize": {"unit_tokens": 128}, "capture": {"threads": 1}}
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for store in sorted(folder.glob("*/data.zarr"))
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and path.suffix != ".partial"
-    }
 
 
 @pytest.mark.parametrize(
@@ -160,6 +155,42 @@ def test_the_number_of_threads_that_a_run_was_begun_with_is_kept(make_recipe: Ma
     assert "error" not in run_unit(folder, "activations", 0, "cpu")
     with pytest.raises(FingerprintMismatch, match=r"numerics\.threads: 2 here, 1 in the store"):
         forebay.run(make_recipe(capture={"threads": 2}), folder, device="cpu")
+
+
+# ── what limits a run ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Heard(Quiet):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def said(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_a_run_that_waits_for_its_disk_says_so_with_both_rates(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, heard = make_recipe(**SMALL), Heard()
+    forebay.run(recipe, tmp_path / "quick", device="cpu", progress=heard)
+    assert not any("the disk is the limit" in text for text in heard.texts)
+
+    fsync = os.fsync
+
+    def slow(handle: int) -> None:
+        fsync(handle)
+        time.sleep(0.03)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    outcome = forebay.run(recipe, tmp_path / "slow", device="cpu", progress=heard)
+    (text,) = [text for text in heard.texts if text.startswith("activations: the disk is the limit")]
+    step = next(step for step in outcome.steps if step.name == "activations")
+    assert 1 <= step.waited <= step.seconds
+    assert step.computing < step.writing
+    rates = [step.nbytes / seconds / 1e6 for seconds in (step.computing, step.writing)]
+    assert f"computed at {rates[0]:,.0f} MB/s and written at {rates[1]:,.0f} MB/s" in text
 
 
 # ── what is lost between units ───────────────────────────────────────────────────────────────────────────────────────

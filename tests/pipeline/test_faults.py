@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tokenizers import Tokenizer
 
 import forebay
 from forebay.pipeline.audit import audit
@@ -33,19 +32,11 @@ from forebay.stores.errors import CorruptStore, DiskFull
 from forebay.stores.ledger import Ledger
 from forebay.stores.store import Store
 
+from ..stored import data
+
 STEPS = ("tokens", "activations")
 SLOWER = ("a shorter object", "an empty object")
 HOOKS = "blocks.1.hook_resid_post"
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    """Every object and all metadata of a run, but what is half-written."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for store in sorted(folder.glob("*/data.zarr"))
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and path.suffix != ".partial"
-    }
 
 
 def assert_recorded_is_whole(folder: Path) -> None:
@@ -370,20 +361,9 @@ def test_a_process_that_dies_in_every_unit_loses_nothing_and_another_one_finishe
 
 
 def test_a_document_that_the_model_cannot_take_fails_its_units_alone_and_is_tried_again(
-    make_recipe: Callable[..., Path], altered_model: Callable[..., Path], texts: list[str], tmp_path: Path
+    poisoned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A token whose embedding is far beyond float16, in which the run is kept."""
-    tokens: dict[str, int] = {}
-
-    def louder(weights: dict[str, Any]) -> None:
-        weights["model.embed_tokens.weight"][tokens["~"]] *= 1e7
-
-    plain = altered_model(lambda weights: None)
-    tokens["~"] = Tokenizer.from_file(str(plain / "tokenizer.json")).token_to_id("~")
-    shutil.rmtree(plain)
-    capture = {"hooks": ["hook_embed"], "store_dtype": "float16"}
-    poisoned = [*texts[:9], "~", *texts[9:]]
-    recipe, folder = make_recipe(texts=poisoned, model=altered_model(louder), capture=capture), tmp_path / "run"
+    recipe, folder = poisoned(), tmp_path / "run"
     for attempt in (1, 2):
         text = cli("run", recipe, "--to", folder, "--device", "cpu", code=1)
         assert "running again tries the failed ones again" in text

@@ -81,7 +81,7 @@ def test_a_name_determines_no_value(make_recipe: Make, tmp_path: Path) -> None:
     named = plan(both, tmp_path / "b", device="cpu")
     assert named.step("activations-late").fingerprint == alone.step("activations").fingerprint
     assert set(alone.step("activations").payload["parameters"]) == {
-        "hooks", "dtype", "store_dtype", "batch", "unit_tokens", "compression"
+        "hooks", "dtype", "store_dtype", "batch", "unit_tokens", "compile", "compression"
     }  # fmt: skip
 
 
@@ -163,13 +163,13 @@ def test_opening_and_selecting_computes_nothing(grown: Path, chunks: Any, monkey
 
 def test_a_layer_reads_its_own_store_only(grown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    array = Store.array
+    check = Store.check_array
 
-    def noted(store: Store, path: str, *arguments: Any) -> Any:
+    def noted(store: Store, path: str) -> None:
         seen.append(store.name)
-        return array(store, path, *arguments)
+        check(store, path)
 
-    monkeypatch.setattr(Store, "array", noted)
+    monkeypatch.setattr(Store, "check_array", noted)
     value = forebay.open_run(grown, chunks=None)["activations/hook_resid_post/value"].drop_vars("token_id")
     value.sel(layer=1).isel(token=slice(0, 4)).load()
     assert set(seen) == {"activations-late"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from forebay.stores.errors import RecipeError
 from forebay.stores.ledger import Ledger
 from forebay.stores.store import Store
 
+from ..stored import values
+
 MakeRecipe = Callable[..., Path]
 Fork = Callable[..., Any]
 
@@ -35,16 +36,6 @@ FEATURES: dict[str, Any] = {
     "train": {"sae": {"hook": HOOK, "n_feature": 36, "k": 5, "batch": 32, "n_batch": 12, "checkpoint_every": 4}},
     "encode": {"sae": {"threads": 1}},
 }
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    """Every object and label of a run's stores and indexes. Headers tell where a trained dictionary lay."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for store in sorted(folder.rglob("data.zarr"))
-        for path in sorted(store.rglob("*"))
-        if "c" in path.relative_to(store).parts and path.is_file() and path.suffix != ".partial"
-    }
 
 
 def recorded(folder: Path, *steps: str) -> int:
@@ -83,8 +74,8 @@ def test_four_ranks_started_at_one_instant_train_encode_and_index_to_the_bytes_o
     recipe, folder = make_recipe(**FEATURES), tmp_path / "ranks"
     assert codes(start(fork_forebay, recipe, folder, 4)) == [0, 0, 0, 0]
     assert forebay.run(recipe, tmp_path / "alone", device="cpu").code == 0
-    assert data(folder) == data(tmp_path / "alone")
-    assert any("index/" in name for name in data(folder))
+    assert values(folder) == values(tmp_path / "alone")
+    assert any("index/" in name for name in values(folder))
     weights = Path("dictionaries") / "sae" / "sae_weights.safetensors"
     assert (folder / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
     assert not list(folder.glob("*/failed/*"))
@@ -112,7 +103,7 @@ def test_any_number_of_ranks_goes_on_with_what_those_before_have_left(
     assert recorded(folder) < n_unit
     assert codes(start(fork_forebay, recipe, folder, 4)) == [0, 0, 0, 0]
     forebay.run(recipe, tmp_path / "alone", device="cpu")
-    assert data(folder) == data(tmp_path / "alone")
+    assert values(folder) == values(tmp_path / "alone")
 
 
 def test_the_units_of_ranks_that_never_start_are_computed_by_the_one_that_does(recipe: Path, tmp_path: Path) -> None:
@@ -120,7 +111,7 @@ def test_the_units_of_ranks_that_never_start_are_computed_by_the_one_that_does(r
     assert outcome.code == 0
     assert [step.left for step in outcome.steps] == [0, 0]
     forebay.run(recipe, tmp_path / "alone", device="cpu")
-    assert data(tmp_path / "ranks") == data(tmp_path / "alone")
+    assert values(tmp_path / "ranks") == values(tmp_path / "alone")
 
 
 def test_a_rank_that_hangs_holds_nobody_up(recipe: Path, fork_forebay: Fork, tmp_path: Path) -> None:
@@ -133,10 +124,10 @@ def test_a_rank_that_hangs_holds_nobody_up(recipe: Path, fork_forebay: Fork, tmp
     ranks[1].join(300)
     assert ranks[1].exitcode == 0
     assert all(Store.open(folder / step).complete for step in ("tokens", "activations"))
-    before = data(folder)
+    before = values(folder)
     os.kill(ranks[0].pid, signal.SIGCONT)
     assert codes(ranks) == [0, 0]
-    assert data(folder) == before
+    assert values(folder) == before
 
 
 def test_own_units_come_first_and_those_of_others_from_the_other_end(
@@ -160,20 +151,9 @@ def test_own_units_come_first_and_those_of_others_from_the_other_end(
 
 
 def test_a_unit_that_fails_is_told_by_every_rank_and_tried_by_two(
-    make_recipe: MakeRecipe, altered_model: Callable[..., Path], fork_forebay: Fork, texts: list[str], tmp_path: Path
+    poisoned: Callable[..., Path], fork_forebay: Fork, tmp_path: Path
 ) -> None:
-    def louder(weights: dict[str, Any]) -> None:
-        weights["model.embed_tokens.weight"][tilde] *= 1e7
-
-    from tokenizers import Tokenizer
-
-    tilde = 0
-    plain = altered_model(lambda weights: None)
-    tilde = Tokenizer.from_file(str(plain / "tokenizer.json")).token_to_id("~")
-    shutil.rmtree(plain)
-    capture = {"hooks": ["hook_embed"], "store_dtype": "float16", "batch": 2, "threads": 1}
-    broken = [*texts[:9], "This is ~ too loud.", *texts[9:]]
-    recipe, folder = make_recipe(texts=broken, model=altered_model(louder), capture=capture), tmp_path / "ranks"
+    recipe, folder = poisoned(batch=2, threads=1), tmp_path / "ranks"
     for attempt in (1, 2):
         ranks = start(fork_forebay, recipe, folder, 3)
         assert codes(ranks) == [1, 1, 1]

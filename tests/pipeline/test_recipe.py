@@ -44,6 +44,7 @@ batch = 3
 state_positions = [0, -1]
 unit_tokens = 512
 threads = 4
+compile = true
 compression = "zstd"
 """
 LEAST = """

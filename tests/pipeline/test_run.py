@@ -32,20 +32,12 @@ from forebay.stores.errors import DiskFull, FingerprintMismatch, IncompleteStore
 from forebay.stores.store import Store
 from forebay.stores.writer import UnitWriter
 
+from ..stored import data
+
 MakeRecipe = Callable[..., Path]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 SMALL: dict[str, Any] = {"tokenize": {"unit_tokens": 128}}
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    """Every file of every store of a run."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for store in sorted(folder.glob("*/data.zarr"))
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and not path.name.endswith(".partial")
-    }
 
 
 def stamps(folder: Path, *steps: str) -> dict[str, tuple[int, int]]:
@@ -328,26 +320,8 @@ def test_other_weights_are_refused_and_named(
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def loud(altered_model: Callable[..., Path]) -> Path:
-    """A model in which the token "~" is far beyond the range of float16, and no other is."""
-
-    def louder(weights: dict[str, Any]) -> None:
-        weights["model.embed_tokens.weight"][token] *= 1e7
-
-    token = 0
-    folder = altered_model(lambda weights: None)
-    token = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("~")
-    shutil.rmtree(folder)
-    return altered_model(louder)
-
-
-def test_a_unit_that_fails_is_recorded_and_the_others_are_done(
-    make_recipe: MakeRecipe, loud: Path, texts: list[str], tmp_path: Path
-) -> None:
-    broken = [*texts[:9], "This is ~ too loud.", *texts[9:]]
-    capture = {"hooks": ["hook_embed"], "store_dtype": "float16", "batch": 2}
-    recipe, folder = make_recipe(texts=broken, model=loud, capture=capture), tmp_path / "run"
+def test_a_unit_that_fails_is_recorded_and_the_others_are_done(poisoned: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, folder = poisoned(batch=2), tmp_path / "run"
     outcome = forebay.run(recipe, folder)
     store = Store.open(folder / "activations")
     token_id = forebay.open_run(folder, partial=True)["tokens/token_id"].values
@@ -373,10 +347,8 @@ def test_a_unit_that_fails_is_recorded_and_the_others_are_done(
     assert stamps(folder, "activations") == before
 
 
-def test_the_first_and_the_last_unit_may_fail_as_well(make_recipe: MakeRecipe, loud: Path, tmp_path: Path) -> None:
-    capture = {"hooks": ["hook_embed"], "store_dtype": "float16"}
-    texts = ["~ first", *["quiet words in between"] * 20, "last ~"]
-    outcome = forebay.run(make_recipe(texts=texts, model=loud, capture=capture), tmp_path / "run")
+def test_the_first_and_the_last_unit_may_fail_as_well(poisoned: Callable[..., Path], tmp_path: Path) -> None:
+    outcome = forebay.run(poisoned(["~ first", *["quiet words in between"] * 20, "last ~"]), tmp_path / "run")
     n_unit = len(Store.open(tmp_path / "run" / "activations").schema.grid)
     assert n_unit > 2
     assert set(outcome.steps[1].failed) == {0, n_unit - 1}

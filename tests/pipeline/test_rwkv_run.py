@@ -203,17 +203,16 @@ def test_killed_at_random_moments_and_run_again_it_holds_the_same_bytes(
     recipe: Path, finished: Path, fork_run: Callable[[Path, Path], Any], tmp_path: Path
 ) -> None:
     whole, chance = tmp_path / "uninterrupted", random.Random(3)
-    started = time.monotonic()
     process = fork_run(recipe, whole)
     process.join()
-    length, n_unit = time.monotonic() - started, recorded(whole)
+    n_unit = recorded(whole)
     assert process.exitcode == 0
     assert n_unit == sum(len(Store.open(whole / step).schema.grid) for step in ("tokens", "activations"))
     assert data(whole) == data(finished)
     folder, kills, hits = tmp_path / "killed", 0, 0
-    while kills < 4:
+    while kills < 2:
         process = fork_run(recipe, folder)
-        until = time.monotonic() + length
+        until = time.monotonic() + 60
         before = recorded(folder)
         # From what is there on, until some more is: else a slow start would be all that is ever killed.
         while recorded(folder) < before + 2 and time.monotonic() < until and process.is_alive():

@@ -357,7 +357,8 @@ def test_a_million_records_are_a_glance_and_what_is_left_is_known_in_seconds(run
     header = json.loads((folder / "data.zarr" / "zarr.json").read_text())
     header["attributes"]["forebay"]["schema"] = grown(step.schema, 10**6).to_json()
     for array in header["attributes"]["forebay"]["schema"]["arrays"].values():
-        array["shape"][array["dims"].index("token")] = 64 * 10**6
+        if "token" in array["dims"]:
+            array["shape"][array["dims"].index("token")] = 64 * 10**6
     (folder / "data.zarr" / "zarr.json").write_text(json.dumps(header))
     whole = step.ledger.path(0).read_bytes()
     (folder / "done").mkdir()

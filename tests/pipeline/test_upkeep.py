@@ -21,6 +21,8 @@ from forebay.stores.ledger import Ledger
 from forebay.stores.places import digest_of
 from forebay.stores.store import Store
 
+from ..stored import data
+
 RESID = "hook_resid_post/value"
 
 
@@ -32,12 +34,6 @@ def says(result: Result, code: int = 0) -> str:
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     assert result.exit_code == code, result.output
     return result.output
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    """Every object and all metadata of a run."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob("*/data.zarr/**/*"))}
-    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
 
 
 def seal(folder: Path, unit: int) -> None:
