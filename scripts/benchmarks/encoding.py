@@ -7,19 +7,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
 
-from forebay.pipeline.plan import StoreSource
+from forebay.pipeline.executors.this_process import run_step
+from forebay.pipeline.plan import Plan, Source, Step, StoreSource
+from forebay.pipeline.progress import Quiet
+from forebay.pipeline.recipe import Recipe
 from forebay.stages.dictionaries.activation import Activation
 from forebay.stages.dictionaries.dictionary import Dictionary, Provenance
+from forebay.stages.dictionaries.encoding import PIECE_TOKENS, load_encodings
 from forebay.stages.dictionaries.save import save_dictionary
 from forebay.stages.encode import Encode
 from forebay.stages.models.memory import keep_freed_memory
 from forebay.stages.tokenize import ModelSource
+from forebay.stores.documents import Documents
 from forebay.stores.schema import Schema, along_token
 from forebay.stores.store import Store
 from forebay.stores.writer import UnitWriter
@@ -27,7 +34,7 @@ from forebay.stores.writer import UnitWriter
 from .measuring import Measurement
 
 TOKENS = 2**14
-ROWS = 2**12
+ROWS = (1024, 2048, 4096)
 """In a matrix product."""
 HOOK = "blocks.15.hook_resid_post"
 
@@ -46,10 +53,12 @@ class Case:
 
 
 CASES = (
-    Case(576, 2048, 32, "topk"),
+    Case(576, 16384, 32, "topk"),
+    Case(576, 16384, 64, "topk"),
+    Case(576, 16384, 50, "jumprelu"),
     Case(2304, 16384, 64, "topk"),
-    Case(2304, 16384, 64, "jumprelu"),
 )
+PRODUCT = "the encoder's matrix product, float32"
 
 
 def dictionary_of(case: Case) -> Dictionary:
@@ -104,50 +113,92 @@ def stored(case: Case, folder: Path) -> Store:
 
 
 def encodings(case: Case, folder: Path, device: str) -> dict[str, Measurement]:
-    """The product alone, with the choice of features, and the whole step over stored activations."""
+    """The product alone, with the choice of features, and the whole step over stored activations, in float32 and in
+    bfloat16.
+    """
     keep_freed_memory()
-    dictionary = dictionary_of(case).to(device)
+    dictionary = dictionary_of(case)
     save_dictionary(dictionary, folder / "sae")
     store = stored(case, folder / "activations")
-    x = torch.from_numpy(np.random.default_rng(1).standard_normal((ROWS, case.d_in), dtype=np.float32)).to(device)
-    encode = Encode(
-        name="sae", model=ModelSource(source="none"), dictionary=str(folder / "sae"), memory=ROWS * case.n_feature * 12
-    )
-
-    def product() -> None:
-        torch.addmm(dictionary.b_enc, x, dictionary.W_enc)
-
-    def features() -> None:
-        dictionary.encode_ranked(x) if case.kind == "topk" else dictionary.encode_sparse(x)
-
-    return {
-        "the encoder's matrix product": lambda: seconds(product, device),
-        "and its features": lambda: seconds(features, device),
-        "the step: activations read, features written": lambda: step(encode, store, folder / "features", device),
-    }
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((TOKENS, case.d_in), dtype=np.float32)).to(device)
+    variants = {PRODUCT: product(dictionary.to(device), x)}
+    for dtype in ("float32", "bfloat16"):
+        encode = Encode(name="sae", model=ModelSource(source="none"), dictionary=str(folder / "sae"), dtype=dtype)  # type: ignore[arg-type]
+        variants[f"{dtype}: product and features"] = features(encode, x, device)
+        variants[f"{dtype}: the step, activations read, features written"] = step(encode, store, folder, device)
+    return variants
 
 
-def seconds(work: Callable[[], None], device: str) -> float:
-    """Of as many rows as the store has tokens."""
+def product(dictionary: Dictionary, x: torch.Tensor) -> Measurement:
+    """The product that is fastest: into an array that is there, of as many rows at a time as take the least time."""
+    out = torch.empty(max(ROWS), dictionary.n_feature, device=x.device)
+
+    def of_all(rows: int) -> None:
+        for at in range(0, TOKENS, rows):
+            torch.addmm(dictionary.b_enc, x[at : at + rows], dictionary.W_enc, out=out[:rows])
+
+    of_all(ROWS[0])
+    best = min(ROWS, key=lambda rows: seconds(lambda: of_all(rows), x.device))
+    return lambda: seconds(lambda: of_all(best), x.device)
+
+
+def features(encode: Encode, x: torch.Tensor, device: str) -> Measurement:
+    """The encoder over activations in memory, in the blocks of the step, features dropped."""
+    (site,) = encode.sites
+    (encoding,) = load_encodings(encode, device)
+    encoder, rows = encoding.encoder, encoding.block_rows
+
+    def of_all() -> None:
+        for piece in x.split(PIECE_TOKENS):
+            for at in range(0, len(piece), rows):
+                found = piece[at : at + rows]
+                encoder.encode_sparse(found) if site.rank is None else encoder.encode_ranked(found)
+
+    return lambda: seconds(of_all, x.device)
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
     started = time.perf_counter()
-    for _ in range(TOKENS // ROWS):
-        work()
-    if device.startswith("cuda"):
+    work()
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def step(encode: Encode, store: Store, folder: Path, device: str) -> float:
-    """Seconds of encoding a store: reading, products, features, shards, fsync, checksums, records; without loading."""
-    shutil.rmtree(folder, ignore_errors=True)
+@dataclass(frozen=True)
+class StepOf(Step):
+    """A step of no model, of which nothing is told."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {"determines": {}}
+
+
+@dataclass(frozen=True)
+class PlanOf(Plan):
+    """One step over a store that is there."""
+
+    read: StoreSource | None = None
+
+    def source(self, step: Step) -> Source:
+        assert self.read is not None
+        return self.read
+
+
+def step(encode: Encode, store: Store, folder: Path, device: str) -> Measurement:
+    """Seconds of the step as a run does it, units read, computed and written at once: reading, products, features, fit,
+    shards, fsync, checksums, records; without loading.
+    """
     source = StoreSource(store, store.schema_with_labels)
     own = encode.schema(source.schema)
-    target = Store.create(folder, own, "0" * 64, {"determines": {}})
-    apply = encode.load(device, own)
-    started = time.perf_counter()
-    for unit in own.grid:
-        writer = UnitWriter(target, unit)
-        for piece in apply(source.read(encode.span(unit, source.schema, own)), unit):
-            writer.put(piece)
-        writer.finish({})
-    return time.perf_counter() - started
+    into = folder / f"features-{encode.dtype}"
+    one = StepOf(encode, own, source.schema, {"numerics": {}}, "0" * 64, into)
+    plan = PlanOf(cast(Recipe, None), folder, device, cast(Documents, None), (one,), read=source)
+
+    def run() -> float:
+        shutil.rmtree(into, ignore_errors=True)
+        outcome = run_step(plan, one, Quiet(), Event())
+        assert outcome.tokens == TOKENS
+        return outcome.seconds
+
+    return run

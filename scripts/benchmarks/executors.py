@@ -7,6 +7,7 @@ The stage sleeps, and everything else is real: plans, stores, records, ranks in 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,8 +95,15 @@ def planned(folder: Path, seconds: float, units: int) -> Plan:
     return Plan(recipe, folder, "cpu", source, (step,))
 
 
+def warm(folder: Path) -> None:
+    """A unit of another run, for what is done once in a process: imports, above all."""
+    plan = planned(folder.parent / "warm" / str(os.getpid()), 0.0, 1)
+    ThisProcess().run_step(plan, plan.steps[0], Quiet(), Event())
+
+
 def in_process(executor: Executor, folder: Path, seconds: float, units: int, ready: Any, go: Any) -> None:
     """What a rank does: everything that is done once, then its units when all ranks are ready."""
+    warm(folder)
     plan = planned(folder, seconds, units)
     plan.steps[0].open()
     ready.release()
@@ -143,7 +151,7 @@ def with_dask(workers: int, folder: Path, seconds: float, units: int) -> float:
     with clusters.quiet():
         client = clusters.connect(f"local:{workers}")
         client.wait_for_workers(workers)
-        client.run(planned, folder, seconds, units)  # imports
+        client.run(warm, folder)
         started = time.perf_counter()
         UnitTasks(client, plan, plan.steps[0], sleep_task, Quiet(), Event()).run()
         taken = time.perf_counter() - started

@@ -20,6 +20,8 @@ from forebay.stores.schema import Schema, along_token, along_unit
 from forebay.stores.store import Store
 from forebay.stores.writer import UnitWriter
 
+from .measuring import Rows, Settings, Tables
+
 N_FEATURE, L0, CONTEXT, UNIT = 131_072, 55.0, 1024, 2**18
 """Of the synthetic dictionary: its width, and the features that fire on a token; tokens of a sequence and of a unit."""
 ROOM = 1024
@@ -88,9 +90,9 @@ def of_unit(
     return count, (pairs & np.uint64(0xFFFFFFFF)).astype(np.int32), value
 
 
-def measured(folder: Path, n_nonzero: float, source: str) -> list[dict[str, object]]:
+def index(settings: Settings, folder: Path) -> Tables:
     """Prints, and gives for machines, the rate of building and the milliseconds of lookups, the files being cached."""
-    found = written(folder, n_nonzero, source)
+    found = written(folder, settings.nonzeros, settings.source)
     started = time.perf_counter()
     build_index(folder / "features-sae")
     seconds = time.perf_counter() - started
@@ -106,13 +108,13 @@ def measured(folder: Path, n_nonzero: float, source: str) -> list[dict[str, obje
     for name in ("work", "median", "95 %"):
         table.add_column(name, justify="left" if name == "work" else "right")
     table.add_row("building the index", f"{found / seconds / 1e6:.1f} M/s", "")
-    rows: list[dict[str, object]] = [{"work": "index", "nonzeros": found, "seconds": seconds}]
+    rows: Rows = [{"work": "index", "nonzeros": found, "seconds": seconds}]
     for name, times in lookups.items():
         middle, late = np.quantile(times, [0.5, 0.95])
         table.add_row(name, f"{middle:.1f} ms", f"{late:.1f} ms")
         rows.append({"work": name, "median_ms": middle, "late_ms": late})
     Console().print(table)
-    return rows
+    return {"features": rows}
 
 
 def milliseconds(look: Callable[[int], object], features: Sequence[int]) -> list[float]:

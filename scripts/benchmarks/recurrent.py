@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +16,27 @@ from forebay.stages.models.rwkv.wkv import Wkv, chunked, step_by_step
 from forebay.stages.models.world import load_world_tokenizer
 
 from .forwards import NOVELS
-from .measuring import Measurement
+from .measuring import Measurement, Settings, Tables, compare, timed
 
 TOKENS = 512
 """In the sequence that RWKV's recurrence is run over."""
 Form = Callable[[Wkv, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def recurrence(settings: Settings, folder: Path) -> Tables:
+    """The recurrence of both versions, with few heads and with many."""
+    return {
+        f"recurrence {version}, {n_heads} heads": compare(
+            settings, recurrences(version, n_heads, settings.device), TOKENS
+        )
+        for version, n_heads in itertools.product((6, 7), (4, 12))
+    }
+
+
+def tokenizer(settings: Settings, folder: Path) -> Tables:
+    """The World tokenizer beside that of its authors."""
+    variants, n_token = world_tokenizers()
+    return {"tokenizer": compare(settings, variants, n_token)}
 
 
 def recurrences(version: int, n_heads: int, device: str) -> dict[str, Measurement]:
@@ -38,34 +54,27 @@ def recurrences(version: int, n_heads: int, device: str) -> dict[str, Measuremen
         driven = Wkv(r=r, k=k, v=v, log_decay=log_decay, removal=removal, rate=rate.sigmoid())
     forms: dict[str, Form] = {"step by step": step_by_step, "in chunks": chunked}
     return {
-        f"RWKV-{version}, {n_heads} heads, {name}": functools.partial(timed, form, driven, state)
+        f"RWKV-{version}, {n_heads} heads, {name}": functools.partial(run, form, driven, state)
         for name, form in forms.items()
     }
 
 
-def timed(form: Form, driven: Wkv, state: torch.Tensor) -> float:
+def run(form: Form, driven: Wkv, state: torch.Tensor) -> float:
     """Seconds of one run of the recurrence."""
-    started = time.perf_counter()
     with torch.no_grad():
-        form(driven, state)
-    if state.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+        return timed(lambda: form(driven, state), state.device)
 
 
 def world_tokenizers() -> tuple[dict[str, Measurement], int]:
     """The World tokenizer of the package `rwkv`, and forebay's, over the novels; and how many tokens those are."""
     from rwkv import rwkv_tokenizer
 
-    texts = [json.loads(line)["text"] for line in NOVELS.open(encoding="utf-8")]
+    texts = [json.loads(line)["text"] for line in NOVELS.read_text(encoding="utf-8").splitlines()]
     ours = load_world_tokenizer()
     theirs = rwkv_tokenizer.TRIE_TOKENIZER(str(Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")))
 
     def seconds(encode: Callable[[bytes], list[int]]) -> float:
-        started = time.perf_counter()
-        for text in texts:
-            encode(text.encode())
-        return time.perf_counter() - started
+        return timed(lambda: [encode(text.encode()) for text in texts])
 
     n_token = sum(len(ours.encode_bytes(text.encode())) for text in texts)
     return {

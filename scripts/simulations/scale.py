@@ -10,7 +10,7 @@ from forebay.pipeline.report.tables import size
 from forebay.stores.dtypes import format_of
 from forebay.stores.schema import Array, Schema, along_token, unit_tokens_for
 
-CONTEXT = 1024
+CONTEXT, BATCH = 1024, 8
 """Tokens in a sequence; units are as many sequences."""
 MOST_OBJECTS = 10**7
 RECORD_BYTES, RECORD_OBJECT_BYTES = 900, 130
@@ -47,7 +47,8 @@ RANK = 32
 def dense(shape: Shape, layers: int, n_token: int, unit_tokens: int | None = None) -> Schema:
     """The store of so many layers of the residual stream in bfloat16."""
     sizes = {"layer": layers, "token": n_token, "d_model": shape.d_model}
-    unit = unit_tokens or unit_tokens_for(shape.d_model * 2, CONTEXT)
+    width = shape.d_model * 2
+    unit = unit_tokens or unit_tokens_for(width, CONTEXT, token_bytes=layers * width, least=BATCH * CONTEXT)
     arrays = {"hook_resid_post/value": along_token(("layer", "token", "d_model"), sizes, "bfloat16", unit)}
     return Schema(kind="activations", n_token=n_token, unit_tokens=unit, arrays=arrays)
 

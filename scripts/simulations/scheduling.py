@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -61,7 +62,7 @@ class Result:
         return self.makespan / self.ideal
 
 
-class Source:
+class Source(ABC):
     """Which unit a worker computes next. `done[unit]` is the ledger."""
 
     looks = 0
@@ -69,13 +70,13 @@ class Source:
     def __init__(self, n_unit: int, workers: int) -> None:
         self.done = np.zeros(n_unit, dtype=bool)
 
+    @abstractmethod
     def next(self, worker: int) -> int | None:
         """The worker's next unit; None if there is none for it now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self, worker: int, unit: int) -> None:
         """A worker was preempted at a unit, and starts afresh when it is back."""
-        raise NotImplementedError
 
 
 class Queue(Source):
