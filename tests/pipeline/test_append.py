@@ -101,10 +101,12 @@ def headers(folder: Path) -> dict[str, Any]:
 
 
 def versions(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which files objects and records are: writing one again, also with equal bytes, makes another. The number of a file that
-    is gone may be given to a new one, hence the time."""
+    """Which files objects and records are: writing one again, also with equal bytes, makes another. A new file may get
+    the number of one that is gone, hence the time."""
     found = [*folder.glob("*/data.zarr/**/c/**/*"), *folder.glob("*/done/*.json")]
-    return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found if path.is_file()}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found if path.is_file()
+    }
 
 
 def assert_same(folder: Path, whole: Path) -> None:
