@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from .chunks import read_outer
 from .concat import shared
 from .cuts import Cut, labels_of
+from .digests import disagreement
 from .dtypes import format_of
 from .errors import CorruptStore, SchemaError
 from .feature_rows import FeatureRows
 from .fingerprint import canonical_json, fingerprint, versions
 from .grid import Grid, Unit
 from .ledger import Record
-from .places import Place, digest_of
+from .places import Place
 from .schema import (
     RAGGED,
     RAGGED_CHUNK,
@@ -253,16 +254,10 @@ class Copy:
             if faults := store.record_faults(unit, record):
                 raise CorruptStore(f"{faults[0]}. `forebay verify` names all that is damaged")
             for key in self._objects(store, unit):
-                said = record["objects"][key]
-                try:
-                    n_byte, digest = digest_of(store.path / key)
-                except FileNotFoundError:
-                    raise CorruptStore(f"{store.path / key} is missing, though its unit is recorded") from None
-                if (n_byte, digest) != (said["bytes"], said["sha256"]):
+                if wrong := disagreement(store.path / key, record["objects"][key]):
                     raise CorruptStore(
-                        f"{store.path / key} is not what was recorded: {n_byte:,} bytes with sha256 {digest[:12]}, not "
-                        f"{said['bytes']:,} with {said['sha256'][:12]}. `forebay repair` drops its unit, and running "
-                        "the recipe again computes it anew"
+                        f"{store.path / key} is not what was recorded: {wrong}. `forebay repair` drops its unit, and "
+                        "running the recipe again computes it anew"
                     )
             self._whole.add((number, unit.index))
 

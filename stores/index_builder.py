@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .digests import checksum_of
 from .dtypes import format_of
 from .errors import FULL, CorruptStore, DiskFull, SchemaError
 from .feature_index import SHARD_FEATURES, FeatureIndex, built, determines, index_folder, index_schema
@@ -137,7 +138,7 @@ class Build:
         store, prefix = self.rows.store, f"{self.rows.group}/"
         records = [store.ledger.record(unit.index)["objects"] for unit in store.schema.grid]
         return fingerprint(
-            [{key: said["sha256"] for key, said in r.items() if key.startswith(prefix)} for r in records]
+            [{key: checksum_of(said)[1] for key, said in r.items() if key.startswith(prefix)} for r in records]
         )
 
     @cached_property

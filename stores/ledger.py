@@ -26,7 +26,7 @@ MOST_JSON_BYTES = 2**30
 
 
 Record = dict[str, Any]
-"""What is known of one finished unit: JSON values only. `objects` maps each object's key to its bytes and sha256."""
+"""What is known of one finished unit: JSON values only. `objects` maps each object's key to its bytes and checksum."""
 
 
 @dataclass(frozen=True, slots=True)

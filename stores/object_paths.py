@@ -6,7 +6,6 @@ neither making nor making durable. An object is put whole or not at all, and a p
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -179,11 +178,11 @@ class ObjectPath:
         options = {"range": {"suffix": length}}
         return self._ask(lambda obstore: bytes(obstore.get(self.bucket, self.key, options=options).bytes()), b"")
 
-    def digest(self) -> tuple[int, str]:
-        """Bytes and sha256 of the object, read in one request as it streams by."""
+    def digest(self, new: Callable[[], Any]) -> tuple[int, str]:
+        """Bytes and hex digits of the object, by a `new` hash of hashlib's kind; in one request, as it streams by."""
 
         def read(obstore: ModuleType) -> tuple[int, str]:
-            found, size = hashlib.sha256(), 0
+            found, size = new(), 0
             for part in obstore.get(self.bucket, self.key).stream(min_chunk_size=2**20):
                 found.update(part)
                 size += len(part)

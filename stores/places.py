@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -62,14 +61,6 @@ def size_of(file: Place) -> int:
 def changed_at(file: Place) -> int:
     """When a file was put, in nanoseconds since 1970. FileNotFoundError."""
     return file.changed() if isinstance(file, ObjectPath) else file.stat().st_mtime_ns
-
-
-def digest_of(file: Place) -> tuple[int, str]:
-    """Bytes and sha256 (64 hex digits) of a file, which is read in pieces. FileNotFoundError."""
-    if isinstance(file, ObjectPath):
-        return file.digest()
-    with open(file, "rb") as opened:
-        return os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def free_space(folder: Place) -> int | None:

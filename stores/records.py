@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .digests import is_entry
 from .grid import Unit
 
 LONG = ("token", "sequence")
@@ -32,12 +33,7 @@ def record_faults(
     found += [
         f"{key}: in the record of unit {unit.index}, which does not own it" for key in sorted(set(kept) - set(objects))
     ]
-    found += [f"{key}: its size or checksum is not recorded" for key in sorted(kept) if not is_checked(kept[key])]
+    found += [f"{key}: its size or checksum is not recorded" for key in sorted(kept) if not is_entry(kept[key])]
     if not found and record.get("bytes") != sum(entry["bytes"] for entry in kept.values()):
         found.append(f"it says {record.get('bytes')} bytes; its objects have {sum(e['bytes'] for e in kept.values())}")
     return found
-
-
-def is_checked(entry: Any) -> bool:
-    """Whether an object's entry in a record is one: its bytes and its sha256."""
-    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)

@@ -6,7 +6,6 @@ file is written and made durable, other threads make the next chunks and hash th
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -21,6 +20,7 @@ import numpy as np
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
+from .digests import recorded
 from .dtypes import format_of
 from .errors import SchemaError
 from .object_paths import ObjectPath
@@ -69,22 +69,22 @@ def cut(
 
 
 def put_object(path: Place, values: NDArray[Any], array: Array, compression: str) -> dict[str, Any]:
-    """Puts an object whole, over any that is there, which is never looked at, and gives its `bytes` and `sha256`, of
-    what was handed over. On this machine it is durable before it has its name, and its name is not yet.
+    """Puts an object whole, over any that is there, which is never looked at, and gives the entry of a record
+    for it, of what was handed over. On this machine it is durable before it has its name, and its name is not yet.
 
     `values` are its cells, in their kept form, as many as the array has there. Holds an object of `zstd`, or one for an
     object store, in memory; of others no more than `values`, and those chunks that do not lie in them end to end.
     """
     with ThreadPoolExecutor(THREADS, "object") as pool:
         parts = _encoded(values, array, compression, pool)
-        digest = pool.submit(_digest, parts)
+        said = pool.submit(recorded, itertools.chain.from_iterable(part.result() for part in parts))
         if isinstance(path, ObjectPath):
             path.put(b"".join(itertools.chain.from_iterable(part.result() for part in parts)))
         else:
             with _replacing(path) as file:
                 for part in parts:
                     file.writelines(part.result())
-        return digest.result()
+        return said.result()
 
 
 @contextmanager
@@ -101,14 +101,6 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-
-
-def _digest(parts: Parts) -> dict[str, Any]:
-    found, size = hashlib.sha256(), 0
-    for data in itertools.chain.from_iterable(part.result() for part in parts):
-        found.update(data)
-        size += len(data)
-    return {"bytes": size, "sha256": found.hexdigest()}
 
 
 # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────────

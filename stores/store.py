@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .digests import disagreement, is_entry
 from .errors import FULL, CorruptStore, DiskFull, FingerprintMismatch, IncompleteStore
 from .fingerprint import canonical_json, differences
 from .grid import Unit
@@ -28,14 +29,14 @@ from .hierarchy import Known, layout_of, open_group
 from .hierarchy import lay_out as lay_out
 from .ledger import Ledger, Record, read_json
 from .object_paths import ObjectPath
-from .places import Place, digest_of, place, put_new, sync_folder, write_atomic
-from .records import is_checked, record_faults
+from .places import Place, place, put_new, sync_folder, write_atomic
+from .records import record_faults
 from .schema import DATA, GROWING, Header, Schema, holds_store, read_header
 from .shards import cut, put_object
 from .untrusted import check_array, check_label, check_labels, check_schema, label_paths, require_no_links
 
 VERIFIERS = 4
-"""Threads that hash objects: sha256 runs without Python's lock."""
+"""Threads that hash objects, without Python's lock."""
 WRITERS = 4
 """Objects of an array that are written at once: while one is on its way to the disk, others are hashed."""
 PUTTERS = 8
@@ -196,7 +197,7 @@ class Store:
 
     def write_rows(self, path: str, rows: Mapping[str, slice], values: NDArray[Any]) -> dict[str, dict[str, Any]]:
         """Writes whole shards: `values` are the `rows` of the array, in their kept form; of a ragged array the values
-        that a unit has, at least one. Gives bytes and sha256 of each object by its key, of what was handed to the
+        that a unit has, at least one. Gives what a record says of each object, by its key, of what was handed to the
         system, and on this machine made durable. Folders' names are not durable yet.
 
         An object that is there is replaced in one go and never looked at, so that a torn one does no harm, and a reader
@@ -263,11 +264,9 @@ class Store:
         faults = self.record_faults(unit, record)
         if not isinstance(record.get("objects"), dict):
             return faults
-        whole = [
-            key for key in record["objects"] if key in self.objects_of(unit) and is_checked(record["objects"][key])
-        ]
-        said = (_disagreement(self.path / key, record["objects"][key]) for key in sorted(whole))
-        return faults + [line for line in said if line]
+        whole = [key for key in record["objects"] if key in self.objects_of(unit) and is_entry(record["objects"][key])]
+        wrong = {self.path / key: disagreement(self.path / key, record["objects"][key]) for key in sorted(whole)}
+        return faults + [f"{path}: {what}" for path, what in wrong.items() if what]
 
     def record_faults(self, unit: Unit, record: Record) -> list[str]:
         """What is wrong with a unit's record in itself, one line a fault; see `records`. Reads no object."""
@@ -358,21 +357,3 @@ def _put_in_place(folder: ObjectPath, header: Header) -> None:
     with ThreadPoolExecutor(PUTTERS, "put") as pool:
         list(pool.map(lambda key: write_atomic(path / key, objects[key]), objects))
     put_new(path / "zarr.json", root)
-
-
-def _disagreement(path: Place, said: Mapping[str, Any]) -> str | None:
-    try:
-        if isinstance(path, ObjectPath):  # one request, of which the length is the last to be known
-            size, digest = path.digest()
-        else:
-            size = path.stat().st_size
-            digest = digest_of(path)[1] if size == said["bytes"] else ""
-    except FileNotFoundError:
-        return f"{path}: missing"
-    if size != said["bytes"]:
-        return f"{path}: {size:,} bytes, {said['bytes']:,} were recorded (truncated or overwritten)"
-    return (
-        None
-        if digest == said["sha256"]
-        else f"{path}: its bytes have changed since they were recorded (sha256 {digest[:12]})"
-    )

@@ -34,7 +34,7 @@ def record_of(store: Store, unit: Unit) -> Record:
     objects = {
         store.object_key("hook_resid_post/value", (layer, unit.index, 0)): {
             "bytes": UNIT_TOKENS * D_MODEL * 2,
-            "sha256": fingerprint([layer, unit.index]),
+            "blake3": fingerprint([layer, unit.index]),
         }
         for layer in range(len(LAYERS))
     }

@@ -14,7 +14,7 @@ CONTEXT, BATCH = 1024, 8
 """Tokens in a sequence; units are as many sequences."""
 MOST_OBJECTS = 10**7
 RECORD_BYTES, RECORD_OBJECT_BYTES = 900, 130
-"""Of a record: what every one has, and what it has for every object (its key, bytes and sha256)."""
+"""Of a record: what every one has, and what it has for every object (its key, bytes and checksum)."""
 MOST_BUFFERS = 32e9
 """Bytes: a unit's buffers are held twice in memory."""
 TOKENS = (10**9, 10**10, 10**11, 10**12)

@@ -74,7 +74,7 @@ def test_a_unit_without_a_record_is_a_finding_unless_the_run_may_be_partial(own_
         (lambda r: r.update(fingerprint="ab" * 32), "its fingerprint " + "ab" * 32 + " is not the store's "),
         (lambda r: r["objects"].popitem(), ": not in the record of unit 3"),
         (
-            lambda r: r["objects"].update({"x/c/0": {"bytes": 1, "sha256": ""}}),
+            lambda r: r["objects"].update({"x/c/0": {"bytes": 1, "blake3": ""}}),
             "x/c/0: in the record of unit 3, which do",
         ),
         (lambda r: r["objects"].update({min(r["objects"]): {}}), ": its size or checksum is not recorded"),

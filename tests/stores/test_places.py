@@ -11,14 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from forebay.stores.digests import digest_of, disagreement, recorded
 from forebay.stores.errors import SchemaError, StorageError
 from forebay.stores.object_paths import RETRY, TIMEOUT, ObjectPath
 from forebay.stores.places import (
     Place,
     changed_at,
     delete_tree,
-    digest_of,
     free_space,
     names,
     place,
@@ -100,7 +101,11 @@ def test_what_is_put_is_there_whole(folder: Place) -> None:
         write_atomic(file, data)
         assert file.read_bytes() == data
         assert size_of(file) == len(data)
-        assert digest_of(file) == (len(data), hashlib.sha256(data).hexdigest())
+        assert digest_of(file, "sha256") == (len(data), hashlib.sha256(data).hexdigest())
+        entry = {"bytes": len(data), "blake3": blake3(data).hexdigest()}
+        assert recorded([data[:5], data[5:]]) == entry
+        assert disagreement(file, entry) is None
+        assert "they were recorded (blake3 " in str(disagreement(file, entry | {"blake3": "0" * 64}))
     assert file.exists()
     assert file.is_file()
     assert (folder / "a").exists()
@@ -116,7 +121,12 @@ def test_what_is_put_is_there_whole(folder: Place) -> None:
 
 
 def test_what_is_not_there_is_said_to_be_missing(folder: Place) -> None:
-    asks: tuple[Callable[[Place], object], ...] = (size_of, digest_of, changed_at, lambda file: file.read_bytes())
+    asks: tuple[Callable[[Place], object], ...] = (
+        size_of,
+        changed_at,
+        lambda file: digest_of(file, "sha256"),
+        lambda file: file.read_bytes(),
+    )
     for ask in asks:
         with pytest.raises(FileNotFoundError):
             ask(folder / "none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -357,7 +357,7 @@ def test_a_record_says_what_the_unit_is(tmp_path: Path) -> None:
     assert (record["unit"], record["fingerprint"]) == (3, OURS)
     assert record["rows"] == {"token": [24, 26], "sequence": [6, 7]}
     assert record["objects"] == {
-        key: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        key: {"bytes": path.stat().st_size, "blake3": blake3(path.read_bytes()).hexdigest()}
         for key, path in objects(store).items()
     }
     assert record["bytes"] == sum(path.stat().st_size for path in objects(store).values())
@@ -702,7 +702,7 @@ def flip(path: Path, at: int) -> None:
         (lambda path: os.truncate(path, 40), r"{path}: 40 bytes, 1?\d\d were recorded \(truncated or overwritten\)"),
         (lambda path: os.truncate(path, 0), r"{path}: 0 bytes, "),
         (lambda path: path.write_bytes(path.read_bytes() + b"\0"), r"{path}: \d+ bytes, \d+ were recorded"),
-        (lambda path: flip(path, 0), r"{path}: its bytes have changed since they were recorded \(sha256 "),
+        (lambda path: flip(path, 0), r"{path}: its bytes have changed since they were recorded \(blake3 "),
         (lambda path: flip(path, -1), r"{path}: its bytes have changed"),
     ],
 )
