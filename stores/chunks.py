@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 from numcodecs.blosc import decompress
 from numpy.typing import NDArray
 
@@ -28,15 +27,14 @@ from .object_paths import ObjectPath
 from .schema import Array
 from .shards import chunks_in
 from .store import Store
+from .threads import N_CORE, at_once
 
 REPAIR = (
     "`forebay verify` names the damaged objects, `forebay repair` drops their units, and running the recipe again "
     "computes them anew"
 )
-READERS = 4
-"""Threads of a read; each holds a chunk in memory, or of an object store an object."""
-_TASK_BYTES = 2**22
-"""What a thread reads of a file before it takes up the next."""
+_TASK_BYTES = 2**21
+"""What a thread reads of a file at least."""
 _TABLES = 256
 """Objects whose tables of chunks are remembered."""
 _Readable = BinaryIO | ObjectPath
@@ -165,12 +163,8 @@ def read_outer(
     out = np.empty([length for length, _ in axes], kept.read if decoded else kept.kept)
     wanted = _parts(array, [pieces for _, pieces in axes])
     read = _Read(store, path, complete, repair, out)
-    tasks = [(index, some) for index, parts in wanted.items() for some in read.tasks(parts)]
-    if len(tasks) == 1:
-        read.some(*tasks[0])
-    elif tasks:
-        with ThreadPoolExecutor(min(READERS, len(tasks)), "read") as pool:
-            list(pool.map(lambda task: read.some(*task), tasks))
+    share = -(-sum(map(len, wanted.values())) // N_CORE)
+    at_once(read.some, [(index, some) for index, parts in wanted.items() for some in read.tasks(parts, share)])
     return out[tuple(0 if isinstance(one, int | np.integer) else slice(None) for one in key)]
 
 
@@ -237,9 +231,11 @@ class _Read:
     def array(self) -> Array:
         return self.store.schema.arrays[self.path]
 
-    def tasks(self, parts: list[_Part]) -> Iterator[list[_Part]]:
-        """Those of one object, cut for threads; of an object store all together, for each would ask for the table."""
-        size = max(1, _TASK_BYTES // (math.prod(self.array.chunks) * self.out.itemsize))
+    def tasks(self, parts: list[_Part], share: int) -> Iterator[list[_Part]]:
+        """Those of one object, a thread's `share` at a time; of an object store all together, for each would ask for
+        the table.
+        """
+        size = max(share, 1, _TASK_BYTES // (math.prod(self.array.chunks) * self.out.itemsize))
         size = size if isinstance(self.store.path, Path) else len(parts)
         return (parts[at : at + size] for at in range(0, len(parts), size))
 
@@ -379,7 +375,7 @@ def _read(file: _Readable, into: NDArray[np.uint8], offset: int, what: str) -> N
         file, offset = io.BytesIO(file.read_range(offset, len(into) + 4)), 0
     if offset < 0 or file.seek(offset) != offset or not (_filled(file, into.data) and _filled(file, memoryview(said))):
         raise ValueError(f"{what} is cut off")
-    if crc32c(into) != int.from_bytes(said, "little"):
+    if crc32c(into.data) != int.from_bytes(said, "little"):
         raise ValueError(f"{what}: its checksum is wrong")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 from numpy.typing import NDArray
 
 from .digests import recorded
@@ -126,7 +126,7 @@ def _chunks(values: NDArray[Any], places: Sequence[Sequence[int]], array: Array,
     found: list[Any] = []
     for place in places:
         data = PACKED[compression](_chunk(values, place, array), format_of(array.dtype).itemsize)
-        found += [data, crc32c(data).to_bytes(4, "little")]
+        found += [data, crc32c(memoryview(data)).to_bytes(4, "little")]
     return found
 
 
@@ -148,7 +148,7 @@ def _table(grid: tuple[int, ...], places: NDArray[np.int64], chunks: Parts) -> l
     table = np.full((*grid, 2), NEVER, "<u8")
     table[tuple(places.T)] = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
     data = table.reshape(-1).view(np.uint8)
-    return [data, crc32c(data).to_bytes(4, "little")]
+    return [data, crc32c(data.data).to_bytes(4, "little")]
 
 
 def morton_order(grid: tuple[int, ...]) -> NDArray[np.int64]:

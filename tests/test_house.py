@@ -148,7 +148,7 @@ THIRD_PARTY = [
     ("stages.models", {"torch", "safetensors"}, {"gguf", "tokenizers", "huggingface_hub", "jinja2", "numpy", "xarray"}),
     (
         "stores",
-        {"numpy", "xarray", "zarr", "zstandard", "numcodecs", "blake3", "google_crc32c"},
+        {"numpy", "xarray", "zarr", "zstandard", "numcodecs", "blake3", "crc32c"},
         {"pandas", "pyarrow", "_typeshed", "obstore"},
     ),
 ]
