@@ -24,9 +24,10 @@ from .fingerprint import fingerprint
 from .places import Place, place
 from .schema import Array, holds_store
 from .store import Store
+from .threads import N_CORE
 from .tree import run_stores
 
-READERS, GATHERERS = 4, 4
+READERS = GATHERERS = max(2, N_CORE)
 """Threads that read chunks into the next buffer, and that gather a batch from this one."""
 BLOCK, PART_BYTES = 64, 2**21
 """Rows that are gathered and decoded at once, which stay in a processor's cache; what a thread gathers."""

@@ -373,17 +373,26 @@ def _read(file: _Readable, into: NDArray[np.uint8], offset: int, what: str) -> N
     said = bytearray(4)
     if isinstance(file, ObjectPath):
         file, offset = io.BytesIO(file.read_range(offset, len(into) + 4)), 0
-    if offset < 0 or file.seek(offset) != offset or not (_filled(file, into.data) and _filled(file, memoryview(said))):
+    if offset < 0 or not (
+        _in_one_call(file, into.data, said, offset) or _bit_by_bit(file, (into.data, memoryview(said)), offset)
+    ):
         raise ValueError(f"{what} is cut off")
     if crc32c(into.data) != int.from_bytes(said, "little"):
         raise ValueError(f"{what}: its checksum is wrong")
 
 
-def _filled(file: BinaryIO, into: memoryview) -> bool:
-    """Whether there were as many bytes; one call gives fewer where a signal comes."""
-    while into:
-        n = file.readinto(into)  # type: ignore[attr-defined]
-        if not n:
-            return False
-        into = into[n:]
+def _in_one_call(file: BinaryIO, into: memoryview, said: bytearray, offset: int) -> bool:
+    """Whether one call gave everything: threads wait for each other at every call."""
+    return isinstance(file, io.FileIO) and os.preadv(file.fileno(), [into, said], offset) == len(into) + len(said)
+
+
+def _bit_by_bit(file: BinaryIO, parts: Sequence[memoryview], offset: int) -> bool:
+    """Whether there was everything: one call gives less where a signal comes."""
+    file.seek(offset)
+    for left in parts:
+        while left:
+            n = file.readinto(left)  # type: ignore[attr-defined]
+            if not n:
+                return False
+            left = left[n:]
     return True
