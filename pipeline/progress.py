@@ -10,11 +10,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from ..stores.grid import Unit
 from ..stores.ledger import Record
 from ..stores.places import Place
 from .report.printable import printable
+
+RATE_WIDTH = 22
+"""Columns of "tokens  1,234,567/s", and a few."""
 
 
 class Progress(ABC):
@@ -140,7 +144,8 @@ class Terminal(Progress):
             TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False),
+            # As wide as most of what it says, so that the bar beside it keeps its length.
+            TextColumn("{task.fields[rate]}", markup=False, table_column=Column(no_wrap=True, min_width=RATE_WIDTH)),
             TimeRemainingColumn(compact=True),
             console=console,
         )
@@ -193,8 +198,10 @@ class Terminal(Progress):
 
 
 def progress_for(console: Console) -> Progress:
-    """A live bar where there is a terminal, plain lines elsewhere."""
-    return Terminal(console) if console.is_terminal else Lines(console)
+    """A live bar where there is a terminal that can move its cursor, plain lines elsewhere: in files and pipes, also
+    where colours are asked for (FORCE_COLOR), and on a dumb terminal.
+    """
+    return Terminal(console) if console.is_interactive and console.file.isatty() else Lines(console)
 
 
 def duration(seconds: float) -> str:

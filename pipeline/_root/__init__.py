@@ -3,10 +3,12 @@
 The names below are loaded when they are first used: `import forebay` costs neither torch nor xarray.
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
+
     import forebay.stages.plots as plot
     from forebay.pipeline.appending import append
     from forebay.pipeline.combining import export
@@ -226,7 +228,6 @@ _MODULES = {"plot": "forebay.stages.plots"}
 _OPENING = ("concat", "open_run", "open_store")
 """They give trees, which have `run.features(…)` and `run.batches(…)` once those are registered with xarray."""
 
-__version__ = metadata.version("forebay")
 __all__ = [
     "DOSE_LEVELS",
     "Add",
@@ -359,6 +360,10 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version  # takes longer to import than everything else here
+
+            return version("forebay")
         if name in _MODULES:
             return import_module(_MODULES[name])
         if name not in _HOMES:

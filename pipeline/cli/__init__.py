@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import click
 
-from . import growth, looks, runs, shapes, upkeep
+from . import growth, looks, machine, runs, shapes, upkeep
+from .manual import Commands
+
+SECTIONS = {
+    "Make a run": (runs.plan, runs.run),
+    "Look at it": (looks.status, looks.lens, looks.features),
+    "Keep it": (upkeep.verify, upkeep.repair, shapes.delete),
+    "Grow it": (growth.append, shapes.concat, shapes.export),
+    "Models and dictionaries": (looks.hooks, runs.train, runs.index),
+    "This machine": (machine.doctor, machine.completion),
+}
+"""The commands by what one wants, in the order of use."""
+
+EXAMPLES = (
+    "forebay run recipe.toml                 text in, labelled activations out",
+    "forebay status runs/recipe              how far it is",
+    "forebay lens runs/recipe --document 7   what each layer would say next",
+)
+DOCUMENTATION = (
+    "forebay COMMAND --help                  every option, with examples",
+    "docs/recipes.md                         what a recipe says",
+    "docs/command-line.md                    exit codes, scripts, completion",
+)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="forebay")
+@click.group(
+    "forebay",
+    cls=Commands,
+    sections=SECTIONS,
+    examples=EXAMPLES,
+    documentation=DOCUMENTATION,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="forebay", prog_name="forebay")
 def main() -> None:
-    """Compute a language model's activations once, keep them labelled, ask them anything later.
-
-    \b
-    forebay plan RECIPE      what a run would do: units, bytes, time
-    forebay run RECIPE       do it, or go on with it
-    forebay append RUN FILE  more text for a run that is there
-    forebay status RUN       how far it is
-    forebay lens RUN         a first look: what each layer would say next
-    forebay features RUN     what its dictionaries' features fire at
+    """Forebay computes a language model's inner activations once, keeps them labelled on disk, and lets you ask them
+    anything later.
     """
-
-
-for command in (
-    runs.plan,
-    runs.run,
-    runs.train,
-    runs.index,
-    looks.status,
-    looks.features,
-    looks.hooks,
-    looks.lens,
-    upkeep.verify,
-    upkeep.repair,
-    growth.append,
-    shapes.concat,
-    shapes.export,
-    shapes.delete,
-):
-    main.add_command(command)

@@ -7,13 +7,27 @@ from pathlib import Path
 
 import click
 
+from .completing import devices
+from .manual import Command
 from .shared import RUN, refuse
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Put more text behind what a run has, and compute what is new",
+    examples=(
+        "forebay append runs/novels more.jsonl",
+        "forebay append runs/novels 2024/*.jsonl.zst --device cuda:1",
+        "forebay append runs/novels      # go on with what was begun",
+    ),
+)
 @RUN
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--device", help="As in `forebay run`.  [default: the device that the run was made on]")
+@click.option(
+    "--device",
+    shell_complete=devices,
+    help="As in `forebay run`.  [default: the device that the run was made on]",
+)
 @refuse
 def append(run: Path, files: tuple[Path, ...], device: str | None) -> None:
     """Put corpus FILES behind those of RUN and compute what is new: the run grows where it lies.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..exit_codes import INTERRUPTED
-from .shared import DEVICE, RECIPE, RUN, TO, PlaceType, refuse
+from .completing import dictionaries, trained
+from .manual import Command
+from .shared import DEVICE, JSON, RECIPE, RUN, TO, PlaceType, print_json, refuse
 
 if TYPE_CHECKING:
     from ...stores.places import Place
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from ..profile import Profile
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Check a recipe; print units, bytes, memory and time",
+    examples=(
+        "forebay plan recipe.toml",
+        "forebay plan recipe.toml --measure 20 --save-profile profile.json",
+        "forebay plan larger.toml --profile runs/recipe --workers 64 --json",
+    ),
+)
 @RECIPE
 @TO
 @DEVICE
@@ -43,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--gpu-price", type=click.FloatRange(min=0), help="€/h of a worker's device.")
 @click.option("--storage-price", type=click.FloatRange(min=0), help="€/TB-month of what is kept.")
 @click.option("--months", type=click.FloatRange(min=0), default=1.0, help="Months that it is kept.  [1]")
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON: no number without its unit and basis.")
+@JSON
 @refuse
 def plan(
     recipe: Path,
@@ -60,7 +69,7 @@ def plan(
 
     Counts the corpus's tokens and keeps the counts in the run's folder, so that the run need not count again. With
     --measure or --profile also rates, memory, time by workers, the bandwidth that is needed, and whether to store
-    activations, features, or nothing. See docs/planning.md.
+    activations, features, or nothing. With --json no number is without its unit and basis. See docs/planning.md.
     """
     from ..plan import default_folder, make_plan, resolve_device
     from ..progress import progress_for
@@ -133,12 +142,20 @@ def _forecast(
     )
     found = forecast(made, profile, asked)
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
+        print_json(found.to_json())
     else:
         console().print("", forecast_tables(found), sep="\n", highlight=False)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Run a recipe, or go on where it stopped",
+    examples=(
+        "forebay run recipe.toml",
+        "forebay run recipe.toml --to s3://bucket/run --device cuda",
+        "forebay run recipe.toml --rank auto",
+    ),
+)
 @RECIPE
 @TO
 @DEVICE
@@ -163,9 +180,16 @@ def run(recipe: Path, to: Path | None, device: str, rank: str | None, world: int
     sys.exit(outcome.code)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Train the dictionaries that a recipe asks for",
+    examples=(
+        "forebay train recipe.toml",
+        "forebay train recipe.toml sae --device cuda",
+    ),
+)
 @RECIPE
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=trained)
 @TO
 @DEVICE
 @refuse
@@ -183,9 +207,16 @@ def train(recipe: Path, names: tuple[str, ...], to: Path | None, device: str) ->
     sys.exit(train_recipe(read_recipe(recipe), names, to, device, progress_for(console(err=True))))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Build the index that says where a feature fires",
+    examples=(
+        "forebay index runs/recipe",
+        "forebay index runs/recipe sae",
+    ),
+)
 @RUN
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=dictionaries)
 @refuse
 def index(run: Path, name: str | None) -> None:
     """Build the index of RUN's features, or only of those called NAME: it says where a feature fires.

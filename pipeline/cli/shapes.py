@@ -7,13 +7,27 @@ import sys
 import click
 
 from ...stores.places import Place
+from .completing import hooks as kept_hooks
+from .completing import parts, step_list
+from .manual import Command
 from .shared import RUN, PlaceType, refuse
 
+STEPS = click.option(
+    "--steps", shell_complete=step_list, help="Only these steps, as in tokens,activations.  [default: all]"
+)
 
-@click.command()
+
+@click.command(
+    cls=Command,
+    short_help="Write several runs end to end as one",
+    examples=(
+        "forebay concat runs/all runs/2023 runs/2024",
+        "forebay concat s3://bucket/all runs/2023 runs/2024 --steps tokens,activations",
+    ),
+)
 @click.argument("out", type=PlaceType())
 @click.argument("runs", type=PlaceType(), nargs=-1, required=True)
-@click.option("--steps", help="Only these steps, as in tokens,activations.  [default: all]")
+@STEPS
 @refuse
 def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
     """Write RUNS end to end as one run in OUT, or go on with it. Sequences and documents are numbered through.
@@ -31,11 +45,23 @@ def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
     sys.exit(outcome.code)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Write a part of a run as a run of its own",
+    examples=(
+        "forebay export runs/novels runs/layer-10 --layers 10",
+        "forebay export runs/novels runs/first --documents 0:100 --hooks 'blocks.*.hook_resid_post'",
+    ),
+)
 @RUN
 @click.argument("out", type=PlaceType())
-@click.option("--steps", help="Only these steps, as in tokens,activations.  [default: all]")
-@click.option("--hooks", multiple=True, help="Only these hook points; may be given several times, and have patterns.")
+@STEPS
+@click.option(
+    "--hooks",
+    multiple=True,
+    shell_complete=kept_hooks,
+    help="Only these hook points; may be given several times, and have patterns.",
+)
 @click.option("--layers", help="Only these layers, as in 3,7 or 0-5; what has none is kept.")
 @click.option("--documents", help="FIRST:STOP documents by number, STOP left out: the sequences that hold any of them.")
 @click.option("--tokens", help="FIRST:STOP tokens by number, STOP left out: the sequences that hold any of them.")
@@ -73,9 +99,16 @@ def export(
     sys.exit(outcome.code)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Delete a step, an index or a dictionary of a run",
+    examples=(
+        "forebay delete runs/novels index-sae",
+        "forebay delete runs/novels activations --yes",
+    ),
+)
 @RUN
-@click.argument("part")
+@click.argument("part", shell_complete=parts)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @refuse
 def delete(run: Place, part: str, yes: bool) -> None:

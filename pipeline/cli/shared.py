@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -15,6 +16,7 @@ from ...stores.errors import SchemaError
 from ...stores.places import Place, place
 from ..exit_codes import FAILED, INTERRUPTED, REFUSED
 from ..report.printable import printable
+from .completing import devices
 
 if TYPE_CHECKING:
     from ...stores.store import Store
@@ -41,8 +43,13 @@ TO = click.option(
     "--to", type=PlaceType(), help="Folder of the run, or s3://…, gs://…, az://…  [default: runs/NAME of the recipe]"
 )
 DEVICE = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto for the best there is."
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=devices,
+    help="cpu, cuda, cuda:1, mps, or auto for the best there is.",
 )
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
 
 
 class Refusal(click.ClickException):
@@ -89,6 +96,11 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
             raise Broken(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
 
     return checked
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object to standard output. It is ASCII, so that nothing in it steers a terminal; numbers are finite."""
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
 def stores_of(run: Place) -> list[Store]:

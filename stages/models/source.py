@@ -49,13 +49,41 @@ def check_compatibility(source: str | Path, revision: str | None = None) -> Comp
     return check_folder(path)
 
 
+def check_access(source: str | Path, revision: str | None = None) -> str:
+    """Say where a model would be read from, without fetching its weights. Of one on the hub, only its config.json is
+    asked for, which needs the rights that the weights need; without a network (HF_HUB_OFFLINE) the local cache must
+    hold the model. Anything on this machine is opened, as `open_checkpoint` does.
+
+    Raises ModelError where the model is not there, cannot be reached, or cannot be read.
+    """
+    text = str(source)
+    if text.startswith(PACKAGE_PREFIX) or Path(text).expanduser().exists() or not _is_hub_id(text):
+        return f"read from {_folder_of(open_checkpoint(text, revision))}"
+    with hub_refusals(text, revision):
+        from huggingface_hub import constants, hf_hub_download
+
+        if not constants.HF_HUB_OFFLINE:
+            hf_hub_download(text, "config.json", revision=revision)
+            return "the hub gives it"
+    return f"read from the local cache, {_folder_of(open_checkpoint(text, revision))}"
+
+
+def _folder_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.files[0].parent
+
+
+def _is_hub_id(text: str) -> bool:
+    found = re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+    return found is not None and not text.endswith(".gguf") and not text.startswith(".")
+
+
 def _find(text: str, revision: str | None) -> tuple[Path, str | None]:
     """Give the file or folder of a source, and the commit where it comes from the hub."""
     if text.startswith(PACKAGE_PREFIX):
         path = _in_package(text)
     elif Path(text).expanduser().exists():
         path = Path(text).expanduser()
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.endswith(".gguf") and not text.startswith("."):
+    elif _is_hub_id(text):
         return _fetch(text, revision)
     else:
         raise ModelError(f"there is no file or folder {text!r}, nor is it a hub id, 'org/name', or 'package:name/file'")

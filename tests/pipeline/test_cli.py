@@ -418,7 +418,7 @@ def test_help_names_every_verb() -> None:
     text = says(cli("--help"))
     for verb in ("plan", "run", "status", "verify", "repair", "hooks", "lens"):
         assert f"\n  {verb} " in text
-        assert f"main {verb} [OPTIONS]" in says(cli(verb, "-h"))
+        assert f"forebay {verb} [OPTIONS]" in says(cli(verb, "-h"))
 
 
 def test_plan_says_units_bytes_and_time_and_computes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
