@@ -46,12 +46,37 @@ if TYPE_CHECKING:
     help="Take rates from a file of --save-profile, or from the records of a run's folder.",
 )
 @click.option("--save-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what was measured.")
-@click.option("--workers", type=click.IntRange(min=1), multiple=True, help="Workers to tell the time for.  [1, 8, 64]")
-@click.option("--passes", type=click.IntRange(min=1), default=1, help="Passes over the data that are to be served.")
-@click.option("--bandwidth", type=click.FloatRange(min=0, min_open=True), help="MB/s of the folder, for all workers.")
-@click.option("--gpu-price", type=click.FloatRange(min=0), help="€/h of a worker's device.")
-@click.option("--storage-price", type=click.FloatRange(min=0), help="€/TB-month of what is kept.")
-@click.option("--months", type=click.FloatRange(min=0), default=1.0, help="Months that it is kept.  [1]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="Workers to tell the time for; may be given several times.  [1, 8, 64]",
+)
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Passes over the data that are to be served.",
+)
+@click.option(
+    "--bandwidth",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MB/S",
+    help="MB/s of the folder, for all workers.",
+)
+@click.option("--gpu-price", type=click.FloatRange(min=0), metavar="PRICE", help="€/h of a worker's device.")
+@click.option("--storage-price", type=click.FloatRange(min=0), metavar="PRICE", help="€/TB-month of what is kept.")
+@click.option(
+    "--months",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="N",
+    help="Months that it is kept.",
+)
 @JSON
 @refuse
 def plan(

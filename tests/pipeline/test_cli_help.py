@@ -96,6 +96,29 @@ def test_an_example_that_does_not_parse_would_be_noticed(line: str) -> None:
         parse(line)
 
 
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_about_the_command_line_has_every_command_with_its_options(name: str) -> None:
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    found = re.search(rf"^### forebay {name}\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
+    assert found
+    options = [one.opts for one in COMMANDS[name].params if isinstance(one, click.Option)]
+    assert re.findall(r"^\| `(--[\w-]+)", found[1], re.MULTILINE) == [opts[0] for opts in options]
+    assert all(example in found[1] for example in COMMANDS[name].examples)
+
+
+def test_the_page_has_no_command_that_is_not_there() -> None:
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### forebay (\S+)", page, re.MULTILINE) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^forebay .*$", (DOCS / "command-line.md").read_text(), re.MULTILINE))
+def test_the_lines_of_the_page_parse(line: str) -> None:
+    assert parse(line.partition(" | ")[0])
+
+
 # ── slips ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
