@@ -47,10 +47,7 @@ def examine(folder: Path, model: str | None = None, revision: str | None = None)
     """All checks, one after the other: installation, devices, the disk under `folder`, access to models, and whether
     `model` (a source, as recipes have it) can be read. Raises nothing.
     """
-    found = metadata.metadata("forebay")
-    yield python_version(platform.python_version(), found["Requires-Python"] or "")
-    yield from packages(metadata.requires("forebay") or [])
-    yield from extras(metadata.requires("forebay") or [], found.get_all("Provides-Extra") or [])
+    yield from installation()
     yield from devices()
     yield from disk(folder)
     yield from hub(os.environ, Path.home())
@@ -59,6 +56,20 @@ def examine(folder: Path, model: str | None = None, revision: str | None = None)
 
 
 # ── installation ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def installation() -> Iterator[Check]:
+    """Python and the packages, by what the distribution of forebay says that it needs."""
+    try:
+        found, requires = metadata.metadata("forebay"), metadata.requires("forebay") or []
+        import packaging  # noqa: F401 - by which bounds are read
+    except ImportError as error:  # which an absent distribution is, too
+        name = error.name or "forebay"
+        yield Check("installation", name, "problem", "is not installed", f"pip install {name}")
+        return
+    yield python_version(platform.python_version(), found["Requires-Python"] or "")
+    yield from packages(requires)
+    yield from extras(requires, found.get_all("Provides-Extra") or [])
 
 
 def installed(name: str) -> str | None:
@@ -248,14 +259,17 @@ def model_access(source: str, revision: str | None) -> Check:
     import warnings
 
     from ..stages.models.errors import ModelError
-    from ..stages.models.source import check_access
 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
+            from ..stages.models.source import check_access
+
             said = check_access(source, revision)
         except ModelError as error:
             return Check("models", source, "problem", str(error), "docs/models.md says what can be read")
+        except ImportError as error:
+            return Check("models", source, "problem", f"cannot be looked at: {error}", "mend the installation first")
         except OSError as error:
             return Check("models", source, "problem", f"cannot be reached: {error}", "is there a network, or a proxy?")
     doubts = [str(one.message) for one in warned if issubclass(one.category, UserWarning)]

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
@@ -24,7 +20,7 @@ from .digests import recorded
 from .dtypes import format_of
 from .errors import SchemaError
 from .object_paths import ObjectPath
-from .places import Place
+from .places import Place, replacing
 from .schema import Array
 
 THREADS = 3
@@ -81,26 +77,10 @@ def put_object(path: Place, values: NDArray[Any], array: Array, compression: str
         if isinstance(path, ObjectPath):
             path.put(b"".join(itertools.chain.from_iterable(part.result() for part in parts)))
         else:
-            with _replacing(path) as file:
+            with replacing(path) as file:
                 for part in parts:
                     file.writelines(part.result())
         return said.result()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that is made durable, and then put at `path`; or taken away, where anything goes wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    try:
-        with open(aside, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────────

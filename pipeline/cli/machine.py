@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..doctor import Check
 
 SHELLS = ("bash", "zsh", "fish")
-_COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 @click.command(
@@ -59,20 +60,19 @@ def doctor(folder: Path, model: str | None, revision: str | None, as_json: bool)
 
 
 def _say(check: Check, new: bool) -> None:
-    """One line of a check, and one of what to do; before the first of an area its name."""
-    from rich.text import Text
-
+    """One line of a check, and one of what to do; before the first of an area its name. Without rich, which may be
+    what is missing.
+    """
     from ..report.printable import printable
-    from ..report.tables import console
 
-    lines = [Text(check.area)] if new else []
-    lines.append(
-        Text.assemble("  ", (f"{check.state:<8}", _COLOURS[check.state]), f"{check.name:<20} ", printable(check.said))
-    )
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    state = click.style(f"{check.state:<8}", fg=_COLOURS[check.state])
+    lines = [check.area] if new else []
+    lines.append(f"  {state}{printable(check.name):<20} {printable(check.said)}")
     if check.todo:
-        lines.append(Text(f"{'':<10}→ {printable(check.todo)}"))
+        lines.append(f"{'':<10}→ {printable(check.todo)}")
     for line in lines:
-        console().print(line, soft_wrap=True)
+        click.echo(line, color=False if plain else None)
 
 
 @click.command(

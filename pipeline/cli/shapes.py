@@ -47,10 +47,11 @@ def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
 
 @click.command(
     cls=Command,
-    short_help="Write a part of a run as a run of its own",
+    short_help="Write a part of a run as a run of its own, or as safetensors",
     examples=(
         "forebay export runs/novels runs/layer-10 --layers 10",
         "forebay export runs/novels runs/first --documents 0:100 --hooks 'blocks.*.hook_resid_post'",
+        "forebay export runs/novels novels-activations --format safetensors",
     ),
 )
 @RUN
@@ -65,6 +66,14 @@ def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
 @click.option("--layers", help="Only these layers, as in 3,7 or 0-5; what has none is kept.")
 @click.option("--documents", help="FIRST:STOP documents by number, STOP left out: the sequences that hold any of them.")
 @click.option("--tokens", help="FIRST:STOP tokens by number, STOP left out: the sequences that hold any of them.")
+@click.option(
+    "--format",
+    "to",
+    type=click.Choice(["run", "safetensors"]),
+    default="run",
+    show_default=True,
+    help="safetensors: the activations alone, of all tokens, for other libraries.",
+)
 @refuse
 def export(
     run: Place,
@@ -74,8 +83,9 @@ def export(
     layers: str | None,
     documents: str | None,
     tokens: str | None,
+    to: str,
 ) -> None:
-    """Write a part of RUN as a run of its own in OUT, or go on with it.
+    """Write a part of RUN as a run of its own in OUT, or go on with it; or its activations in another format.
 
     Sequences are kept whole. Sequences and documents are numbered from 0 again; documents keep their ids. Everything
     that is read is verified. Exit codes as of `forebay run`.
@@ -85,6 +95,14 @@ def export(
     from ..progress import progress_for
     from ..report.tables import console, outcome_text
 
+    if to == "safetensors":
+        from ..interchange.safetensors_files import to_safetensors
+
+        choices = {"steps": steps, "layers": layers, "documents": documents, "tokens": tokens}
+        if given := [name for name, value in choices.items() if value is not None]:
+            raise click.UsageError(f"--{given[0]} chooses what a run has: export that as a run, and then the run")
+        click.echo(to_safetensors(run, out, hooks=hooks or "*", progress=progress_for(console(err=True))))
+        return
     outcome = write(
         run,
         out,

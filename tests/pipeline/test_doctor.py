@@ -106,6 +106,24 @@ def test_an_extra_that_is_missing_is_a_note_and_that_of_the_tests_is_passed_over
     assert gone.todo == "pip install 'forebay[gone]', if you need it"
 
 
+def test_what_is_missing_is_told_also_where_almost_everything_is_missing(tmp_path: Path) -> None:
+    """The doctor itself needs click and packaging, and says so where even that is not there."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split()))\n"  # None makes an import fail
+        "from forebay.pipeline.cli import main; main(['doctor', sys.argv[2], '--model', 'org/name'])"
+    )
+    gone = ["torch", "numpy", "xarray", "zarr", "rich", "pydantic", "safetensors", "huggingface_hub", "dask"]
+    for missing, said in (
+        (gone, "problem torch cannot be imported"),
+        ([*gone, "packaging"], "problem packaging is not"),
+    ):
+        command = [sys.executable, "-c", code, " ".join(missing), str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stderr) == (1, "")
+        assert said in " ".join(found.stdout.split())
+        assert "problem org/name " in " ".join(found.stdout.split())
+
+
 # ── devices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

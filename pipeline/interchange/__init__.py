@@ -1,0 +1,1 @@
+"""What a run is to other libraries: their formats, written and read."""
