@@ -114,7 +114,9 @@ def test_the_page_has_no_command_that_is_not_there() -> None:
     assert re.findall(r"^### forebay (\S+)", page, re.MULTILINE) == list(COMMANDS)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^forebay .*$", (DOCS / "command-line.md").read_text(), re.MULTILINE))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^forebay .*$", (DOCS / "command-line.md").read_text("utf-8"), re.MULTILINE)
+)
 def test_the_lines_of_the_page_parse(line: str) -> None:
     assert parse(line.partition(" | ")[0])
 
