@@ -47,7 +47,7 @@ def wait_until(happened: Callable[[], bool], process: Any) -> None:
     assert process.is_alive()
 
 
-@pytest.mark.parametrize("name", [HANGUP, "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGUSR1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGHUP", "SIGUSR2"))])
 def test_a_run_stops_at_the_next_batch_and_goes_on_later(
     make_recipe: MakeRecipe, fork_forebay: Fork, texts: list[str], tmp_path: Path, name: str
 ) -> None:
