@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import forebay.stages.plots as plot
     from forebay.pipeline.appending import append
     from forebay.pipeline.combining import export
+    from forebay.pipeline.interchange.sae_lens_dataset import to_sae_lens
     from forebay.pipeline.interchange.safetensors_files import to_safetensors
     from forebay.pipeline.plan import plan
     from forebay.pipeline.run import run
@@ -221,6 +222,7 @@ _HOMES = {
     "state_sweep": "forebay.stages.analyze.state_ablation",
     "steering_convergence": "forebay.stages.analyze.steering_convergence",
     "strength_sweep": "forebay.stages.analyze.steering_convergence",
+    "to_sae_lens": "forebay.pipeline.interchange.sae_lens_dataset",
     "to_safetensors": "forebay.pipeline.interchange.safetensors_files",
     "token_direction": "forebay.stages.analyze.directions",
     "top_edges": "forebay.stages.analyze.attention",
@@ -354,6 +356,7 @@ __all__ = [
     "state_sweep",
     "steering_convergence",
     "strength_sweep",
+    "to_sae_lens",
     "to_safetensors",
     "token_direction",
     "top_edges",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -45,13 +46,41 @@ def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
     sys.exit(outcome.code)
 
 
+def _as_safetensors(run: Place, out: Place, hooks: tuple[str, ...]) -> None:
+    from ..interchange.safetensors_files import to_safetensors
+    from ..progress import progress_for
+    from ..report.tables import console
+
+    click.echo(to_safetensors(run, _folder(out), hooks=hooks or "*", progress=progress_for(console(err=True))))
+
+
+def _as_sae_lens(run: Place, out: Place, hooks: tuple[str, ...]) -> None:
+    from ..interchange.sae_lens_dataset import to_sae_lens
+    from ..progress import progress_for
+    from ..report.tables import console
+
+    if not hooks:
+        raise click.UsageError("name the hook points that SAELens will train on: --hooks blocks.15.hook_resid_post")
+    n_row = to_sae_lens(run, _folder(out), hooks=hooks, progress=progress_for(console(err=True)))
+    click.echo(f"{n_row:,} rows in {out}")
+
+
+def _folder(out: Place) -> Path:
+    if not isinstance(out, Path):
+        raise click.UsageError(f"{out}: other formats are written into folders of this machine")
+    return out
+
+
+_EXPORTS = {"safetensors": _as_safetensors, "sae-lens": _as_sae_lens}
+
+
 @click.command(
     cls=Command,
-    short_help="Write a part of a run as a run of its own, or as safetensors",
+    short_help="Write a part of a run as a run of its own, or in another format",
     examples=(
         "forebay export runs/novels runs/layer-10 --layers 10",
         "forebay export runs/novels runs/first --documents 0:100 --hooks 'blocks.*.hook_resid_post'",
-        "forebay export runs/novels novels-activations --format safetensors",
+        "forebay export runs/novels for-sae-lens --format sae-lens --hooks blocks.15.hook_resid_post",
     ),
 )
 @RUN
@@ -69,10 +98,10 @@ def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
 @click.option(
     "--format",
     "to",
-    type=click.Choice(["run", "safetensors"]),
+    type=click.Choice(["run", "safetensors", "sae-lens"]),
     default="run",
     show_default=True,
-    help="safetensors: the activations alone, of all tokens, for other libraries.",
+    help="safetensors: the activations alone, of all tokens; sae-lens: as the dataset on which SAELens trains.",
 )
 @refuse
 def export(
@@ -95,13 +124,11 @@ def export(
     from ..progress import progress_for
     from ..report.tables import console, outcome_text
 
-    if to == "safetensors":
-        from ..interchange.safetensors_files import to_safetensors
-
+    if to != "run":
         choices = {"steps": steps, "layers": layers, "documents": documents, "tokens": tokens}
         if given := [name for name, value in choices.items() if value is not None]:
             raise click.UsageError(f"--{given[0]} chooses what a run has: export that as a run, and then the run")
-        click.echo(to_safetensors(run, out, hooks=hooks or "*", progress=progress_for(console(err=True))))
+        _EXPORTS[to](run, out, hooks)
         return
     outcome = write(
         run,

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
-from ...stages.capture import stored_points
-from ...stages.models.points import HookPoint, expand
-from ...stores.chunks import read_outer
-from ...stores.dtypes import format_of
-from ...stores.errors import SchemaError
 from ...stores.ledger import read_json
-from ...stores.places import place, replacing, sync_folder, write_atomic
-from ...stores.schema import Array
-from ...stores.store import Store
-from ...stores.tree import CAPTURED, open_run, run_stores
+from ...stores.places import Place, place, replacing, sync_folder, write_atomic
+from ...stores.tree import CAPTURED, open_run
 from ..progress import Progress, Quiet
+from .columns import AT_ONCE, Column, columns_of, require_empty
 
 INDEX = "activations.safetensors.index.json"
 LABELS = ("token_id", "sequence", "position", "document")
@@ -37,41 +28,10 @@ DTYPES = {
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
 """Our number formats and theirs."""
-AT_ONCE = 2**26
-"""Bytes of a tensor that are read, and written, at once."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One hook point's values of every token: an array of a store, at one layer (a number along its axis `layer`)."""
-
-    point: HookPoint
-    store: Store
-    path: str
-    layer: int | None
-
-    @property
-    def array(self) -> Array:
-        return self.store.schema.arrays[self.path]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one token's values."""
-        return self.array.shape[self.array.dims.index("token") + 1 :]
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape) * format_of(self.array.dtype).itemsize
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens [start, stop) in their kept form. CorruptStore."""
-        lead = () if self.layer is None else (self.layer,)
-        key = (*lead, slice(start, stop), *(slice(None),) * len(self.shape))
-        return read_outer(self.store, self.path, key, decoded=False)
 
 
 def to_safetensors(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Place,
     folder: str | os.PathLike[str],
     *,
     hooks: str | Sequence[str] = "*",
@@ -93,9 +53,8 @@ def to_safetensors(
     for a folder that holds anything. Source of the format: the README of the library safetensors.
     """
     source, target = place(run), Path(folder)
-    columns = _columns(source, hooks)
-    if target.exists() and any(target.iterdir()):
-        raise SchemaError(f"{target} holds something already: name a new folder, or empty it")
+    columns = columns_of(source, hooks)
+    require_empty(target)
     tokens = open_run(source, chunks=None)[f"{CAPTURED}/{columns[0].point.kind}"].to_dataset()
     n_token = tokens.sizes["token"]
     row_bytes = sum(column.row_bytes for column in columns) + len(LABELS) * 8
@@ -114,36 +73,6 @@ def to_safetensors(
     sync_folder(target)
     write_atomic(target / INDEX, json.dumps(_index(source, columns, files), indent=1).encode())
     return target / INDEX
-
-
-def _columns(run: Any, hooks: str | Sequence[str]) -> list[Column]:
-    """The hook points that are chosen, in firing order."""
-    there = {column.point: column for store in run_stores(run) for column in _stored(store)}
-    if not there:
-        raise SchemaError(f"{run} holds no activations: its recipe has no [capture]")
-    patterns = (hooks,) if isinstance(hooks, str) else tuple(hooks)
-    chosen = expand(patterns, sorted(there, key=str))
-    by_token = [point for point in chosen if "token" in there[point].array.dims]
-    spelt = [point for point in chosen if point not in by_token and any("*" not in pattern for pattern in patterns)]
-    if spelt or not by_token:
-        point = (spelt or chosen)[0]
-        raise SchemaError(
-            f"{point} of {run} lies along {', '.join(there[point].array.dims)}, without a token axis: choose other "
-            "hooks, or keep it in a run with `forebay export`"
-        )
-    for point in by_token:
-        there[point].store.require_complete()
-    return [there[point] for point in by_token]
-
-
-def _stored(store: Store) -> Iterator[Column]:
-    if store.schema.kind != CAPTURED:
-        return
-    kinds = {path.rpartition("/")[0]: path for path in store.schema.arrays}
-    for point in map(HookPoint.parse, stored_points(store.schema_with_labels)):
-        layers = store.labels.get(f"{point.kind}/layer")
-        layer = None if layers is None else layers[1].tolist().index(point.layer)
-        yield Column(point, store, kinds[point.kind], layer)
 
 
 def _write(path: Path, columns: Sequence[Column], tokens: xr.Dataset, start: int, stop: int) -> None:

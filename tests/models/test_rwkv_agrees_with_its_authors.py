@@ -38,6 +38,8 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 """What differs from `rwkv_models.SIZES`. The package wants as many channels in all heads as in the stream."""
 LENGTHS = (1, 2, 31, 32, 33, 100)
 """On both sides of where one form of the recurrence ends and another begins, and of its chunks' ends."""
+ALIKE = ("heads of 8", "heads of 32", "one layer")
+"""The shapes that say least beside the others."""
 EVERY_LENGTH = ("heads of 12", "heads of 64")
 """The shapes that are read at every length. The package takes its time, and the ends of chunks are the same in all."""
 
@@ -100,7 +102,7 @@ def as_states(pair: Pair, given: list[Tensor]) -> RecurrentStates:
 
 
 @VERSIONS
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=pytest.mark.slow) if s in ALIKE else s for s in SHAPES])
 def test_whole_sequences_give_the_logits_and_states_of_the_package(pairs: Pairs, version: int, shape: str) -> None:
     pair = pairs(version, shape)
     for length in LENGTHS if shape in EVERY_LENGTH else (2, 33):

@@ -199,6 +199,7 @@ def test_the_lens_of_the_last_layer_is_what_the_model_says(finished: Path, model
 # ── stopped at any time ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_run_again_it_holds_the_same_bytes(
     recipe: Path, finished: Path, fork_run: Callable[[Path, Path], Any], tmp_path: Path
 ) -> None:

@@ -22,12 +22,15 @@ MakeRecipe = Callable[..., Path]
 Fork = Callable[..., Any]
 
 HOOK = "blocks.1.hook_resid_post"
-HANGUP = pytest.param(
-    "SIGHUP",
-    marks=pytest.mark.skipif(
-        signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests themselves run under nohup"
-    ),
+ON_A_TERMINAL = pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests themselves run under nohup"
 )
+HANGUP = pytest.param("SIGHUP", marks=ON_A_TERMINAL)
+AND_LATER = [
+    "SIGUSR1",
+    pytest.param("SIGUSR2", marks=pytest.mark.slow),
+    pytest.param("SIGHUP", marks=[pytest.mark.slow, ON_A_TERMINAL]),
+]
 LONG = {
     "hook": HOOK,
     "n_feature": 36,
@@ -47,7 +50,7 @@ def wait_until(happened: Callable[[], bool], process: Any) -> None:
     assert process.is_alive()
 
 
-@pytest.mark.parametrize("name", [HANGUP, "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", AND_LATER)
 def test_a_run_stops_at_the_next_batch_and_goes_on_later(
     make_recipe: MakeRecipe, fork_forebay: Fork, texts: list[str], tmp_path: Path, name: str
 ) -> None:

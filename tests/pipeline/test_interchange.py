@@ -1,4 +1,4 @@
-"""A run's activations as safetensors: what the library reads is what the store holds, bit for bit."""
+"""A run's activations in other libraries' formats: what those read is what the store holds, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import forebay
@@ -122,3 +125,97 @@ def test_damage_and_missing_units_are_refused_and_leave_no_index(run: Path, tmp_
     next((own / "activations/done").glob("*.json")).unlink()
     with pytest.raises(IncompleteStore):
         forebay.to_safetensors(own, tmp_path / "other")
+
+
+# ── SAELens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def packed(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
+    """Windows of 16 tokens, the last one shorter."""
+    capture = {"hooks": ["blocks.{0,2}.hook_resid_post", "blocks.1.attn.hook_z"], "store_dtype": "bfloat16"}
+    outcome = forebay.run(make_recipe("packed", capture=capture), tmp_path / "packed", device="cpu")
+    assert outcome.code == 0
+    assert outcome.steps[0].tokens % 16
+    return Path(str(outcome.folder))
+
+
+POINT = "blocks.2.hook_resid_post"
+
+
+def expected(run: Path, n_row: int) -> dict[str, NDArray[Any]]:
+    """What the rows should hold, through xarray."""
+    tree, n = forebay.open_run(run), n_row * 16
+    resid = tree["activations/hook_resid_post/value"].sel(layer=2).values[:n]
+    z = tree["activations/attn.hook_z/value"].sel(layer=1).values[:n]
+    return {
+        POINT: resid.reshape(n_row, 16, 28),
+        "blocks.1.attn.hook_z": z.reshape(n_row, 16, 40),
+        "token_ids": tree["tokens/token_id"].values[:n].reshape(n_row, 16),
+    }
+
+
+@pytest.mark.parametrize("file_bytes", [1, 2**14, 2**29])
+def test_rows_of_the_dataset_are_the_sequences(packed: Path, file_bytes: int, tmp_path: Path) -> None:
+    n_row = forebay.to_sae_lens(packed, tmp_path / "out", hooks=[POINT, "blocks.1.attn.hook_z"], file_bytes=file_bytes)
+    assert n_row == forebay.open_run(packed)["tokens"].sizes["token"] // 16
+    names = [one["filename"] for one in json.loads((tmp_path / "out/state.json").read_text())["_data_files"]]
+    table = pa.concat_tables([pa.ipc.open_stream((tmp_path / "out" / name).read_bytes()).read_all() for name in names])
+    assert (len(names) == 1) == (file_bytes == 2**29)
+    found = {name: np.array(table[name].to_pylist(), dtype=np.float32) for name in table.column_names}
+    due = expected(packed, n_row)
+    assert list(found) == ["blocks.1.attn.hook_z", POINT, "token_ids"]
+    for name, values in due.items():
+        np.testing.assert_array_equal(found[name], values)
+    features = json.loads((tmp_path / "out/dataset_info.json").read_text())["features"]
+    assert features[POINT] == {"shape": [16, 28], "dtype": "float32", "_type": "Array2D"}
+    assert json.loads(table.schema.metadata[b"huggingface"])["info"]["features"] == features
+
+
+def test_sequences_that_would_be_lost_are_refused_unless_they_may_be(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"sequences have fewer than 13 tokens, the first is sequence \d+; .*packed"):
+        forebay.to_sae_lens(run, tmp_path / "out", hooks="blocks.0.hook_resid_post")
+    assert not (tmp_path / "out").exists()
+    n_row = forebay.to_sae_lens(run, tmp_path / "out", hooks="blocks.0.hook_resid_post", drop_shorter=True)
+    lengths = np.diff(forebay.open_run(run)["sequences"]["start"].values)
+    assert 0 < n_row < len(lengths) + 1
+    assert n_row == (lengths == 13).sum() + (forebay.open_run(run)["tokens"].position.values[-1] == 12)
+
+
+def test_the_command_asks_for_hooks(packed: Path, tmp_path: Path) -> None:
+    command = ["export", str(packed), str(tmp_path / "out"), "--format", "sae-lens"]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2
+    assert "--hooks blocks.15" in refused.output
+    found = CliRunner().invoke(main, [*command, "--hooks", POINT])
+    assert found.exit_code == 0, found.output
+    assert "rows in" in found.output
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_sae_lens_reads_it_as_its_own(packed: Path, tmp_path: Path) -> None:
+    store = pytest.importorskip("sae_lens.training.activations_store")
+    n_row = forebay.to_sae_lens(packed, tmp_path / "out", hooks=POINT)
+    theirs = store.ActivationsStore(
+        model=None,
+        dataset=None,
+        streaming=False,
+        hook_name=POINT,
+        hook_head_index=None,
+        context_size=16,
+        d_in=28,
+        n_batches_in_buffer=2,
+        total_training_tokens=n_row * 16,
+        store_batch_size_prompts=n_row,
+        train_batch_size_tokens=16,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        cached_activations_path=str(tmp_path / "out"),
+    )
+    values, ids = theirs.get_raw_llm_batch()
+    due = expected(packed, n_row)
+    np.testing.assert_array_equal(values.numpy().reshape(n_row, 16, 28), due[POINT])
+    np.testing.assert_array_equal(ids.numpy().reshape(n_row, 16), due["token_ids"])
