@@ -93,6 +93,27 @@ def test_examples_of_analyses_run(
     assert capsys.readouterr().out == ""
 
 
+def test_what_is_set_beside_other_libraries_runs(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block stands before each of the others."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    first, *others = blocks_of("coming-from.md")
+    for block in others:
+        exec(compile(first + block, "coming-from.md", "exec"), {})  # noqa: S102 - our own text
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DOCS.glob("*.md")))
+def test_names_that_pages_speak_of_are_there(name: str) -> None:
+    """`forebay.NAME` of any page is a name of the package, or a module of it."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    spoken = set(re.findall(r"\bforebay\.([A-Za-z_]\w*)", text))
+    modules = {"stages", "stores", "pipeline"}
+    assert spoken - modules - {*forebay.__all__} == set()
+
+
 def blocks_of(name: str) -> list[str]:
     found = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert found
