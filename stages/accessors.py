@@ -17,6 +17,7 @@ from ..stores.batches import Batches
 from ..stores.errors import SchemaError, nearest
 from ..stores.feature_rows import KIND, groups_of
 from ..stores.features import Features
+from ..stores.html import html_table
 from ..stores.places import Place, changed_at, place
 from ..stores.store import Store
 from ..stores.tree import run_stores
@@ -99,6 +100,10 @@ class FeaturesAccessor:
 
     def __repr__(self) -> str:
         return f"features of {self._run}: {', '.join(self.names) or 'none'}"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, store.schema.kind, f"{store.schema.n_token:,}") for name, store in self._stores.items()]
+        return html_table("Features", {"run": self._run}, ("dictionary", "kind", "tokens"), rows)
 
 
 @xr.register_datatree_accessor("to_str_tokens")  # type: ignore[no-untyped-call]
