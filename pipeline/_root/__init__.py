@@ -227,8 +227,8 @@ _HOMES = {
     "visible_keys": "forebay.stages.models.masks",
 }
 _MODULES = {"plot": "forebay.stages.plots"}
-_OPENING = ("concat", "open_run", "open_store")
-"""They give trees, which have `run.features(…)` and `run.batches(…)` once those are registered with xarray."""
+_OPENING = ("as_run", "concat", "open_run", "open_store")
+"""They give trees, which have `run.features(…)`, `run.batches(…)`, `.forebay` once those are registered with xarray."""
 
 __version__ = metadata.version("forebay")
 __all__ = [

@@ -91,6 +91,7 @@ THEMES = (
             "stages.accessors.BatchesAccessor",
             "stages.accessors.FeaturesAccessor",
             "stages.accessors.StrTokensAccessor",
+            "stages.token_text.TokenText",
             "stores.batches.Batches",
             "stores.errors.CorpusError",
             "stores.errors.CorruptStore",
