@@ -6,6 +6,8 @@ The names below are loaded when they are first used: `import forebay` costs neit
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
+from forebay.stores.deprecation import Renamed
+
 if TYPE_CHECKING:
     import forebay.stages.plots as plot
     from forebay.pipeline.appending import append
@@ -230,6 +232,9 @@ _MODULES = {"plot": "forebay.stages.plots"}
 _OPENING = ("as_run", "concat", "open_run", "open_store")
 """They give trees, which have `run.features(…)`, `run.batches(…)`, `.forebay` once those are registered with xarray."""
 
+_RENAMED: dict[str, Renamed] = {}
+"""Old names of the front door, which warn: `"old": Renamed("forebay.old", "forebay.new", since="0.3")`."""
+
 __version__ = metadata.version("forebay")
 __all__ = [
     "DOSE_LEVELS",
@@ -365,6 +370,9 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
+        if name in _RENAMED:
+            _RENAMED[name].warn()
+            return getattr(import_module("forebay"), _RENAMED[name].instead.removeprefix("forebay."))
         if name in _MODULES:
             return import_module(_MODULES[name])
         if name not in _HOMES:

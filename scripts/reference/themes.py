@@ -93,6 +93,7 @@ THEMES = (
             "stages.accessors.StrTokensAccessor",
             "stages.token_text.TokenText",
             "stores.batches.Batches",
+            "stores.deprecation.ForebayDeprecationWarning",
             "stores.errors.CorpusError",
             "stores.errors.CorruptStore",
             "stores.errors.DiskFull",
