@@ -67,12 +67,13 @@ class TokenText:
 
     def _token_id(self) -> xr.DataArray:
         data = self._data
-        if isinstance(data, xr.DataTree) and TOKEN_ID not in data.variables and "tokens" in data.children:
-            data = data["tokens"]
-        if TOKEN_ID in (data.coords if isinstance(data, xr.DataArray) else data.variables):
-            return data[TOKEN_ID]
+        if isinstance(data, xr.DataTree):
+            whole = TOKEN_ID not in data.variables and "tokens" in data.children
+            data = (data.children["tokens"] if whole else data).to_dataset()
         if isinstance(data, xr.DataArray) and data.name == TOKEN_ID:
             return data
+        if TOKEN_ID in (data.coords if isinstance(data, xr.DataArray) else data.variables):
+            return data[TOKEN_ID]
         raise SchemaError(
             "text is made of token ids, and there is no coordinate `token_id` here: ask a node of what `open_run` "
             'gives, such as run["activations/hook_resid_post"], or what was selected from it'

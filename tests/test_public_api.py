@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ import pytest
 import forebay
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
 def reference() -> Iterator[Any]:
     sys.path.insert(0, str(SCRIPTS))
-    yield SimpleNamespace(**{name: import_module(f"reference.{name}") for name in ("promise", "surface", "themes")})
+    yield SimpleNamespace(
+        **{name: import_module(f"reference.{name}") for name in ("pages", "promise", "surface", "themes")}
+    )
     sys.path.remove(str(SCRIPTS))
 
 
@@ -178,3 +182,48 @@ def test_a_class_promises_its_public_methods_properties_and_fields(
         "property Derived.size: int",
     ]
     assert reference.surface.signature_of(Derived) == "(width: int, names: tuple[str, ...] = ...)"
+
+
+# ── the reference ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_reference_says_what_signatures_and_docstrings_say_now(reference: Any) -> None:
+    written = reference.pages.pages()
+    there = {path.relative_to(DOCS).as_posix() for path in (DOCS / "api").iterdir()}
+    assert there == set(written)
+    for name, text in written.items():
+        assert (DOCS / name).read_text(encoding="utf-8") == text, f"docs/{name} is out of date: run scripts/docs"
+
+
+def test_every_public_name_says_what_it_is(reference: Any) -> None:
+    """In words of its own: what `dataclass` writes where there is no docstring is a signature."""
+    found = [one for theme in reference.themes.THEMES for one in reference.themes.public_names(theme)]
+    explained = [one for one in found if callable(one.value)]
+    assert len(explained) > 100
+    lacking = [
+        one.name
+        for one in explained
+        if not one.value.__doc__ or one.value.__doc__.startswith(f"{one.name.rpartition('.')[2]}(")
+    ]
+    assert lacking == []
+
+
+def test_a_page_has_the_signature_and_the_docstring_of_every_name_and_links_to_it(reference: Any) -> None:
+    for theme in reference.themes.THEMES:
+        text = reference.pages.pages()[f"api/{theme.page}.md"]
+        headings = [line.removeprefix("## ").strip("`") for line in text.splitlines() if line.startswith("## ")]
+        names = [one.name for one in reference.themes.public_names(theme)]
+        assert headings == names
+        # GitHub's rule for a heading's anchor: lower case, without the dots and the marks of code
+        anchors = [name.lower().replace(".", "") for name in names]
+        assert re.findall(r"\]\(#([^)]*)\)", text) == anchors
+        for one in reference.themes.public_names(theme):
+            if callable(one.value):
+                assert inspect.cleandoc(one.value.__doc__) in text
+
+
+def test_a_method_without_a_docstring_has_that_of_the_method_it_stands_for(reference: Any) -> None:
+    assert forebay.Logit.at_position.__doc__ is None
+    page = reference.pages.pages()["api/analyses.md"]
+    entry = page.partition("### `Logit.at_position`")[2].partition("##")[0]
+    assert inspect.cleandoc(forebay.Metric.at_position.__doc__ or "") in entry

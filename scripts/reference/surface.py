@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import ForwardRef, Union, get_args, get_origin
 
+from forebay.pipeline.executors.executor import Executor
+
 from .themes import THEMES, Public, public_names
 
 SPECIAL = ("__call__", "__contains__", "__getitem__", "__iter__", "__len__")
 """Special methods that are part of what a class promises."""
 
-FOR_THE_FORWARD = frozenset(
+WITHIN = frozenset(
     {
         *("bind", "bind_to_writes", "compute", "plan", "said", "amount", "factor"),  # of interventions
         *("Model.extend", "Model.remember", "RecurrentStates.check", "Sampling.check", "Sampling.choose"),
         *("Sampling.generators", "Recurrence.check", "Recurrence.push", "Recurrence.while_generating"),
+        *(f"{name}.{method}" for name in ("DaskWorkers", "Ranks") for method in vars(Executor)),
     }
 )
-"""Methods by which the modules of a forward call each other: no user does, and they are not promised."""
+"""Methods by which modules of a forward, or of a run, call each other: no user does, and they are not promised."""
 
 WIDEST = 100
 """Characters of a signature that stand on one line of a page."""
@@ -81,7 +84,7 @@ def members(cls: type) -> list[Public]:
         if not base.__module__.startswith("forebay."):
             continue
         for name, value in vars(base).items():
-            if {name, f"{cls.__name__}.{name}"} & FOR_THE_FORWARD:
+            if {name, f"{cls.__name__}.{name}"} & WITHIN:
                 continue
             if name in SPECIAL or (not name.startswith("_") and _is_member(value)):
                 found[name] = getattr(cls, name) if isinstance(value, classmethod | staticmethod) else value
