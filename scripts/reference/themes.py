@@ -44,6 +44,7 @@ THEMES = (
             "stages.models.memory.ForwardMemory",
             "stages.models.memory.release_freed_memory",
             "stages.models.model.Model",
+            "stages.models.model_points.ModelPoints",
             "stages.models.offsets.EncodingWithOffsets",
             "stages.models.offsets.convert_positions",
             "stages.models.rwkv.states.RecurrentStates",

@@ -49,6 +49,9 @@ class Forward:
             )
         return self.captures[wanted]
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return [str(point) for point in self.captures]
+
     def _repr_html_(self) -> str:
         facts = {
             "sequences": len(self.lengths),

@@ -16,6 +16,7 @@ from .forward import Forward
 from .generate import Continuation, Step, stream
 from .html import html_table
 from .memory import ForwardMemory, forward_memory
+from .model_points import ModelPoints
 from .norms import norm
 from .points import HookPoint, expand
 from .recurrence import Recurrence
@@ -160,6 +161,11 @@ class Model:
         if "hook_logits" in taps.top:
             logits_BTV = taps.top["hook_logits"](logits_BTV)
         return logits_BTV
+
+    @cached_property
+    def hooks(self) -> ModelPoints:
+        """The hook points of this model by name: `model.hooks["blocks.3.attn.hook_z"]`."""
+        return ModelPoints(self.spec)
 
     @cached_property
     def views(self) -> WeightViews:
