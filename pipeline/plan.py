@@ -22,6 +22,7 @@ from ..stores.errors import DiskFull, FingerprintMismatch, RecipeError, StoreNot
 from ..stores.fingerprint import canonical_json, fingerprint, sha256_files, versions
 from ..stores.grid import Unit
 from ..stores.growth import roll_forward
+from ..stores.html import html_table
 from ..stores.ledger import Ledger, read_json, write_atomic
 from ..stores.object_paths import ObjectPath
 from ..stores.places import Place, free_space, place
@@ -123,6 +124,26 @@ class Plan:
     documents: Documents
     steps: tuple[Step, ...]
     waiting: tuple[Encode, ...] = ()
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "recipe": self.recipe.name,
+            "folder": self.folder,
+            "model": self.recipe.model.source,
+            "device": self.device,
+            "to train first": ", ".join(stage.store for stage in self.waiting) or None,
+        }
+        rows = [
+            (
+                step.stage.store,
+                f"{step.schema.n_token:,}",
+                f"{len(step.schema.grid) - len(step.todo()):,} of {len(step.schema.grid):,}",
+                f"{step.schema.nbytes:,}",
+                step.fingerprint[:12],
+            )
+            for step in self.steps
+        ]
+        return html_table("Plan", facts, ("step", "tokens", "units recorded", "bytes", "fingerprint"), rows)
 
     def step(self, name: str) -> Step:
         """The step whose store has this name."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 
 from ..stages.encode import Encode
+from ..stores.html import html_table
 from ..stores.places import Place
 from .audit import require_whole
 from .dictionaries import are_indexed, is_trained
@@ -40,6 +41,16 @@ class Outcome:
         if any(step.failed for step in self.steps):
             return FAILED
         return INTERRUPTED if self.interrupted else COMPLETE
+
+    def _repr_html_(self) -> str:
+        said = {COMPLETE: "complete", INTERRUPTED: "stopped early: run again", FAILED: "units failed"}[self.code]
+        rows = [
+            (step.name, f"{step.tokens:,}", f"{step.left:,}", f"{step.nbytes:,}", f"{step.seconds:.1f}", failed)
+            for step in self.steps
+            for failed in [", ".join(map(str, step.failed)) or "none"]
+        ]
+        header = ("step", "tokens computed", "left", "bytes written", "seconds", "failed units")
+        return html_table("Outcome", {"folder": self.folder, "outcome": said}, header, rows)
 
 
 def run(

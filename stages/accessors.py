@@ -1,14 +1,12 @@
-"""What a run's tree can do beside holding data: `run.batches(…)`, `run.features(…)`, `run.to_str_tokens(…)`. Importing
-this module registers them with xarray.
+"""What a run's tree can do beside holding data: `run.batches(…)`, `run.features(…)`, `run.to_str_tokens(…)`, and with
+all that is selected from it `.forebay.text()`. Importing this module registers them with xarray.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import xarray as xr
 from numpy.typing import NDArray
@@ -17,13 +15,12 @@ from ..stores.batches import Batches
 from ..stores.errors import SchemaError, nearest
 from ..stores.feature_rows import KIND, groups_of
 from ..stores.features import Features
-from ..stores.places import Place, changed_at, place
+from ..stores.html import html_table
+from ..stores.places import Place, place
 from ..stores.store import Store
 from ..stores.tree import run_stores
 from .models.points import HookPoint
-
-if TYPE_CHECKING:
-    from .models.checkpoint import Tokenizer
+from .token_text import Decoder, decoder_of
 
 
 @xr.register_datatree_accessor("batches")  # type: ignore[no-untyped-call]
@@ -100,6 +97,10 @@ class FeaturesAccessor:
     def __repr__(self) -> str:
         return f"features of {self._run}: {', '.join(self.names) or 'none'}"
 
+    def _repr_html_(self) -> str:
+        rows = [(name, store.schema.kind, f"{store.schema.n_token:,}") for name, store in self._stores.items()]
+        return html_table("Features", {"run": self._run}, ("dictionary", "kind", "tokens"), rows)
+
 
 @xr.register_datatree_accessor("to_str_tokens")  # type: ignore[no-untyped-call]
 class StrTokensAccessor:
@@ -113,31 +114,6 @@ class StrTokensAccessor:
 
     def __call__(self, token_ids: Sequence[int] | NDArray[Any]) -> list[str]:
         source = self._tree.encoding.get("source")
-        if source is None or not (path := place(source) / "tokenizer.json").is_file():
+        if source is None:
             raise SchemaError("token ids become text by a run's tokenizer.json, and this tree has none")
-        return Decoder(path)([[int(one)] for one in token_ids])
-
-
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """Token ids into text by a run's tokenizer.json, which is read when the first text is asked for. Picklable."""
-
-    path: Place
-
-    def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each row as it reads behind another token: some decoders take the space off the first token of a
-        text. Bytes that are no UTF-8 become U+FFFD.
-        """
-        tokenizer, before = _tokenizer(self.path, changed_at(self.path))
-        prefix = tokenizer.decode(before, skip_special_tokens=False)
-        texts = tokenizer.decode_batch([[*before, *row] for row in rows], skip_special_tokens=False)
-        return [text.removeprefix(prefix) for text in texts]
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(path: Place, changed: int) -> tuple[Tokenizer, list[int]]:
-    """A tokenizer, and the last token of a text for others to stand behind. Vocabularies take a while to read."""
-    from .models.tokenizer_json import read_tokenizer
-
-    tokenizer = read_tokenizer(path if isinstance(path, Path) else path.read_text())
-    return tokenizer, list(tokenizer.encode("a", add_special_tokens=False).ids[-1:])
+        return decoder_of(place(source))([[int(one)] for one in token_ids])

@@ -21,6 +21,7 @@ from .chunks import Chunks, decode_into
 from .dtypes import format_of
 from .errors import SchemaError, StoreNotFound, nearest
 from .fingerprint import fingerprint
+from .html import html_table
 from .places import Place, place
 from .schema import Array, holds_store
 from .store import Store
@@ -127,6 +128,18 @@ class Batches:
             f"Batches({points}: {self.n_token:,} tokens, of every sequence those from position {self.skip_positions} "
             f"on, {order}, in batches of {self.batch:,}, epochs={self.epochs}, start={self.start})"
         )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "run": self.run,
+            "tokens in an epoch": f"{self.n_token:,}",
+            "batches in an epoch": f"{self.n_batch:,} of {self.batch:,} tokens",
+            "epochs": "for ever" if self.epochs is None else self.epochs,
+            "order": f"shuffled with seed {self.seed}" if self.shuffle else "as stored",
+            "first position": self.skip_positions,
+            "dtype": self.dtype,
+        }
+        return html_table("Batches", facts, ("hook point", "width"), zip(self.names, self.widths, strict=True))
 
     def about(self) -> dict[str, Any]:
         """What determines values and order, as JSON values: the settings, and the fingerprints of the stores."""

@@ -20,7 +20,7 @@ from .ledger import read_json
 from .places import Place, place
 from .schema import LABELS, Array
 from .store import Store
-from .tree import CAPTURED, MOST_CHUNKS, Chunks, KeptArray, label_nodes, run_stores
+from .tree import CAPTURED, MOST_CHUNKS, TOKEN_ID, Chunks, KeptArray, home_of, label_nodes, run_stores
 
 LONG = ("token", "sequence", "unit", "nonzero")
 """Dimensions along which runs may differ in size."""
@@ -255,7 +255,10 @@ def _labelled(dataset: xr.Dataset, parts: Parts, with_ids: bool) -> xr.Dataset:
 def _end_to_end(stores: Sequence[Store], path: str, chunks: Chunks, attrs: dict[str, Any]) -> xr.Variable:
     dims = stores[0].schema.arrays[path].dims
     cut = _cut([store.schema.arrays[path] for store in stores]) if chunks == "auto" else None
-    return lazy(end_to_end(stores, path), dims, attrs, cut)
+    found = lazy(end_to_end(stores, path), dims, attrs, cut)
+    if path == TOKEN_ID:
+        found.encoding["source"] = home_of(stores[0])  # any will do: runs of several tokenizers are refused
+    return found
 
 
 def end_to_end(stores: Sequence[Store], path: str) -> Joined:

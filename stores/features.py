@@ -18,6 +18,7 @@ from .errors import SchemaError
 from .feature_index import FeatureIndex
 from .feature_rows import FeatureRows, Rows
 from .feature_views import Cooccurrence, Dense
+from .html import html_table
 from .labels import TokenIndex, token_coords
 from .postings import BINS
 from .selections import LEVELS, tokens_at
@@ -80,6 +81,16 @@ class Features:
     def __repr__(self) -> str:
         n_token = self.by_token.store.schema.n_token
         return f"Features({self.name}: {self.n_feature:,} features of {n_token:,} tokens, read at {self.hook})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "name": self.name,
+            "features": f"{self.n_feature:,}",
+            "tokens": f"{self.by_token.store.schema.n_token:,}",
+            "run": self.by_token.store.path.parent.parent,
+        }
+        told = {name: value for name, value in self.attrs.items() if isinstance(value, str | int | float | bool)}
+        return html_table("Features", facts | {name: told[name] for name in told if name not in facts})
 
     # ── by token ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -27,6 +27,7 @@ from .fingerprint import canonical_json, differences
 from .grid import Unit
 from .hierarchy import Known, layout_of, open_group
 from .hierarchy import lay_out as lay_out
+from .html import html_table
 from .ledger import Ledger, Record, read_json
 from .object_paths import ObjectPath
 from .places import Place, place, put_new, sync_folder, write_atomic
@@ -70,6 +71,18 @@ class Store:
     @property
     def ledger(self) -> Ledger:
         return Ledger(self.path.parent)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "folder": self.path.parent,
+            "kind": self.schema.kind,
+            "tokens": f"{self.schema.n_token:,}",
+            "units recorded": f"{len(self.done()):,} of {len(self.schema.grid):,}",
+            "compression": self.schema.compression,
+            "fingerprint": self.fingerprint[:12],
+        }
+        rows = [(path, ", ".join(one.dims), list(one.shape), one.dtype) for path, one in self.schema.arrays.items()]
+        return html_table("Store", facts, ("array", "dimensions", "shape", "dtype"), rows)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str] | ObjectPath) -> Store:

@@ -135,6 +135,7 @@ def run_stores(folder: Place) -> Iterator[Store]:
     return iter(sorted(found, key=lambda store: store.schema.kind != "tokens"))
 
 
+TOKEN_ID = "token_id"
 CAPTURED = "activations"
 """Kind of the stores of captures, and the node with the kinds and layers of all of them."""
 
@@ -249,7 +250,16 @@ def _kept_variables(store: Store, path: str, chunks: Chunks, complete: bool) -> 
     variable = xr.Variable(array.dims, lazy, attrs={"dtype": array.dtype})
     if chunks == "auto":
         variable = variable.chunk(_dask_chunks(array))
+    if path == TOKEN_ID:
+        variable.encoding["source"] = home_of(store)
     return {path.rpartition("/")[2]: variable}
+
+
+def home_of(store: Store) -> str:
+    """Where the run of a store lies: what token ids carry as xarray's `encoding["source"]`, through any selection, so
+    that their text can be asked for.
+    """
+    return str(store.path.parent.parent.resolve())
 
 
 def _dask_chunks(array: Array) -> dict[str, int]:

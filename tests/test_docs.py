@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,24 @@ def test_examples_with_dictionaries_run(
     assert forebay.run(recipe, tmp_path / "runs/smollm2").code == 0
     monkeypatch.chdir(tmp_path)
     run_blocks("dictionaries.md", capsys)
+
+
+def test_examples_of_notebooks_run(
+    tiny_model: Path,
+    make_recipe: Callable[..., Path],
+    texts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = make_recipe("novels", capture={"unit_tokens": 256})
+    assert forebay.run(recipe, tmp_path / "runs/novels").code == 0
+    shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        for block in blocks_of("notebooks.md"):
+            exec(compile(block, "notebooks.md", "exec"), {})  # noqa: S102 - our own text
+    assert texts[2] in capsys.readouterr().out
 
 
 def test_examples_of_analyses_run(

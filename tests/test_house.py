@@ -131,7 +131,9 @@ MAY_IMPORT = [
 
 @pytest.mark.parametrize(("folder", "allowed"), MAY_IMPORT)
 def test_the_arrow_points_one_way(folder: str, allowed: list[str]) -> None:
-    """stores ← stages ← pipeline, and models know nothing else of forebay. Types count: to name one is to know it."""
+    """stores ← stages ← pipeline, and models know nothing else of forebay but how an old name warns. Types count: to
+    name one is to know it.
+    """
     ours = ["forebay", *FOLDERS]
     wrong = [
         f"{file}:{line} imports {name}"
@@ -166,7 +168,7 @@ def test_a_folder_asks_for_its_own_libraries_only(folder: str, at_import: set[st
     assert wrong == []
 
 
-STATE = ("grid", "ledger", "fingerprint", "errors", "places", "object_paths")
+STATE = ("grid", "ledger", "fingerprint", "errors", "places", "object_paths", "deprecation")
 
 
 @pytest.mark.parametrize("name", STATE)

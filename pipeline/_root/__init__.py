@@ -6,6 +6,8 @@ The names below are loaded when they are first used: `import forebay` costs neit
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from forebay.stores.deprecation import Renamed
+
 if TYPE_CHECKING:
     __version__: str
 
@@ -229,8 +231,11 @@ _HOMES = {
     "visible_keys": "forebay.stages.models.masks",
 }
 _MODULES = {"plot": "forebay.stages.plots"}
-_OPENING = ("concat", "open_run", "open_store")
-"""They give trees, which have `run.features(…)` and `run.batches(…)` once those are registered with xarray."""
+_OPENING = ("as_run", "concat", "open_run", "open_store")
+"""They give trees, which have `run.features(…)`, `run.batches(…)`, `.forebay` once those are registered with xarray."""
+
+_RENAMED: dict[str, Renamed] = {}
+"""Old names of the front door, which warn: `"old": Renamed("forebay.old", "forebay.new", since="0.3")`."""
 
 __all__ = [
     "DOSE_LEVELS",
@@ -370,6 +375,9 @@ if not TYPE_CHECKING:
             from importlib.metadata import version  # takes longer to import than everything else here
 
             return version("forebay")
+        if name in _RENAMED:
+            _RENAMED[name].warn()
+            return getattr(import_module("forebay"), _RENAMED[name].instead.removeprefix("forebay."))
         if name in _MODULES:
             return import_module(_MODULES[name])
         if name not in _HOMES:

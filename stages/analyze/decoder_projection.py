@@ -20,6 +20,7 @@ from ..dictionaries.dictionary import Dictionary
 from ..dictionaries.errors import DictionaryError
 from ..dictionaries.selection import top_k as largest
 from ..dictionaries.transcoders import FeatureId, TranscoderSet
+from ..models.html import html_table
 from ..models.points import HookPoint
 
 Direction: TypeAlias = "Tensor | NDArray[Any]"
@@ -50,6 +51,11 @@ class AttributionGraph:
 
     def __len__(self) -> int:
         return len(self.edges)
+
+    def _repr_html_(self) -> str:
+        facts = {"edges": f"{len(self.edges):,}", "target layer": self.target_layer}
+        rows = [(edge.feature, f"{edge.score:.4g}", edge.target_layer) for edge in self.edges]
+        return html_table("AttributionGraph", facts, ("feature", "score", "target layer"), rows)
 
     def top_k(self, k: int) -> AttributionGraph:
         """The k edges with the highest scores."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from ..models.html import html_table
 from .activation import Activation, Sparse
 from .errors import DictionaryError
 
@@ -83,6 +84,25 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         return self.W_enc.device
+
+    def _repr_html_(self) -> str:
+        return html_table(type(self).__name__, self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        k = "" if self.activation.k is None else f", k = {self.activation.k}"
+        return {
+            "source": self.provenance.source,
+            "revision": self.provenance.revision,
+            "format": self.provenance.format,
+            "model": self.provenance.model,
+            "reads": self.hook if self.head is None else f"{self.hook}, head {self.head}",
+            "d_in": self.d_in,
+            "features": f"{self.n_feature:,}",
+            "activation": f"{self.activation.kind}{k}",
+            "input norm": None if self.input_norm == "none" else self.input_norm,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+        }
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Give the same on another device or in another dtype. Thresholds stay float32, whatever the dtype."""
@@ -163,6 +183,10 @@ class Dictionary(Encoder):
         # super() does not know the class that slots made anew
         Encoder.__post_init__(self)
         _check_shapes(self, _DECODER_DIMS)
+
+    def _facts(self) -> dict[str, object]:
+        skip = "none" if self.W_skip is None else "yes"
+        return Encoder._facts(self) | {"writes": self.hook_out, "d_out": self.d_out, "skip connection": skip}
 
     @property
     def d_out(self) -> int:

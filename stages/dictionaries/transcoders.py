@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..models.html import html_table
 from .activation import Sparse
 from .dictionary import Dictionary, Encoder, Provenance
 from .errors import DictionaryError
@@ -63,6 +64,22 @@ class TranscoderSet:
     provenance: Provenance
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "source": self.provenance.source,
+            "revision": self.provenance.revision,
+            "format": self.provenance.format,
+            "model": self.provenance.model,
+            "kind": "cross-layer" if self.cross_layer else "one per layer",
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+        }
+        widths = (f"{n:,}" for n in self.n_features)
+        rows = zip(range(self.n_layers), widths, self.hooks_in, self.hooks_out, strict=True)
+        return html_table("TranscoderSet", facts, ("layer", "features", "reads", "writes"), list(rows))
 
     @property
     def n_layers(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import HookError, nearest
+from .html import html_table
 from .points import HookPoint
 
 if TYPE_CHECKING:
@@ -47,6 +48,21 @@ class Forward:
                 f"{nearest(str(wanted), names)}"
             )
         return self.captures[wanted]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [str(point) for point in self.captures]
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "sequences": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "logits": "not asked for" if self.logits is None else list(self.logits.shape),
+        }
+        rows = [
+            (point, ", ".join(point.dims), list(value.shape), str(value.dtype).removeprefix("torch."))
+            for point, value in self.captures.items()
+        ]
+        return html_table("Forward", facts, ("captured", "dimensions", "shape", "dtype") if rows else (), rows)
 
     def to_dataset(self) -> "xarray.Dataset":
         """Give the captures as an `xarray.Dataset` in memory: one variable a kind of point, named after it.

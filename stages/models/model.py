@@ -14,7 +14,9 @@ from .checkpoint import Checkpoint
 from .errors import ModelError
 from .forward import Forward
 from .generate import Continuation, Step, stream
+from .html import html_table
 from .memory import ForwardMemory, forward_memory
+from .model_points import ModelPoints
 from .norms import norm
 from .points import HookPoint, expand
 from .recurrence import Recurrence
@@ -45,6 +47,26 @@ class Model:
     dtype: torch.dtype
     checkpoint: Checkpoint | None = field(default=None, repr=False)
     compiled: bool = False
+
+    def _repr_html_(self) -> str:
+        spec = self.spec
+        shared = "" if spec.n_kv_heads == spec.n_heads else f", {spec.n_kv_heads} of keys and values"
+        facts = {
+            "family": spec.family,
+            "source": None if self.checkpoint is None else self.checkpoint.source,
+            "revision": None if self.checkpoint is None else self.checkpoint.revision,
+            "layers": spec.n_layers,
+            "d_model": spec.d_model,
+            "heads": f"{spec.n_heads}{shared}, d_head {spec.d_head}",
+            "d_mlp": spec.d_mlp,
+            "vocab": f"{spec.d_vocab:,}",
+            "context": "unbounded" if spec.n_ctx is None else f"{spec.n_ctx:,}",
+            "parameters": f"{spec.n_parameters:,}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "compiled": "yes" if self.compiled else None,
+        }
+        return html_table("Model", facts)
 
     @cached_property
     def unembedding(self) -> Unembedding:
@@ -139,6 +161,11 @@ class Model:
         if "hook_logits" in taps.top:
             logits_BTV = taps.top["hook_logits"](logits_BTV)
         return logits_BTV
+
+    @cached_property
+    def hooks(self) -> ModelPoints:
+        """The hook points of this model by name: `model.hooks["blocks.3.attn.hook_z"]`."""
+        return ModelPoints(self.spec)
 
     @cached_property
     def views(self) -> WeightViews:

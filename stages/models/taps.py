@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import HookError
+from .html import html_table
 from .interventions import Intervention, NamedIntervention
 from .points import HookPoint
 
@@ -80,8 +81,26 @@ class HookSpec:
         """Add all that another asks for, its interventions after these."""
         return HookSpec(captures=self.captures + other.captures, changes=self.changes + other.changes)
 
+    def _repr_html_(self) -> str:
+        captures = [("capture", ", ".join(map(str, one.patterns)), _manner(one)) for one in self.captures]
+        changes = [("intervene", one.pattern, _effect(one.function)) for one in self.changes]
+        return html_table("HookSpec", {}, ("what", "at", "how"), [*captures, *changes])
+
 
 EMPTY = HookSpec()
+
+
+def _manner(capture: CaptureRequest) -> str:
+    found = ["before interventions"] if capture.before else []
+    return ", ".join([*found, *([] if capture.positions is None else [f"after tokens {list(capture.positions)}"])])
+
+
+def _effect(function: Intervention | NamedIntervention) -> str:
+    """An intervention by its name and the part that it addresses; not its values, which may be large."""
+    if not isinstance(function, NamedIntervention):
+        return str(getattr(function, "__qualname__", type(function).__name__))
+    where = ", ".join(f"{dim}={index}" for dim, index in function.where.items())
+    return type(function).__name__ + (f" at {where}" if where else "")
 
 
 def _whole_numbers(positions: object) -> tuple[int, ...]:
