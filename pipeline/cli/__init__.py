@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import growth, looks, runs, shapes, upkeep
+from . import growth, looks, pages, runs, shapes, upkeep
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,6 +19,7 @@ def main() -> None:
     forebay status RUN       how far it is
     forebay lens RUN         a first look: what each layer would say next
     forebay features RUN     what its dictionaries' features fire at
+    forebay report RUN       all of it as a page to look at
     """
 
 
@@ -31,6 +32,7 @@ for command in (
     looks.features,
     looks.hooks,
     looks.lens,
+    pages.report,
     upkeep.verify,
     upkeep.repair,
     growth.append,
