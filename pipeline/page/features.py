@@ -12,7 +12,6 @@ from ...stages.accessors import FeaturesAccessor
 from ...stages.analyze.dictionary_fit import dictionary_fit
 from ...stores.errors import ForebayError
 from ...stores.features import Features
-from ...stores.places import Place
 from ..report.features import telling
 from .logits import LogitEffects
 from .values import TokenSet, absent, number, numbers, some
@@ -27,18 +26,18 @@ BINS = 4
 _ABOUT = ("source", "hook", "hook_out", "activation", "n_feature")
 
 
-def features(run: Place, tree: xr.DataTree, tokens: TokenSet, n: int, effects: LogitEffects) -> dict[str, Any]:
+def features(run: xr.DataTree, tokens: TokenSet, n: int, effects: LogitEffects) -> dict[str, Any]:
     """Of every dictionary of the run how well it fits, how often its features fire, and the `n` most telling ones, as
     `forebay features` chooses them; or why it cannot be shown, such as without an index.
     """
-    accessor: Any = FeaturesAccessor(tree)
+    accessor: Any = FeaturesAccessor(run)
     return some(
-        (_checked(accessor, run, name, tokens, n, effects) for name in accessor.names),
+        (_checked(accessor, name, tokens, n, effects) for name in accessor.names),
         "The run keeps no features: no table [encode.NAME] is in its recipe, or it is not done yet.",
     )
 
 
-def _checked(accessor: Any, run: Place, name: str, tokens: TokenSet, n: int, effects: LogitEffects) -> dict[str, Any]:
+def _checked(accessor: Any, name: str, tokens: TokenSet, n: int, effects: LogitEffects) -> dict[str, Any]:
     try:
         found: Features = accessor(name)
         return {"name": name, **dictionary(found, tokens, n, effects)}

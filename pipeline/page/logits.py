@@ -63,7 +63,6 @@ class LogitEffects:
     part of the final norm (its weight, and the mean taken away where it takes one) and the unembedding.
     """
 
-    folder: Place
     known: AtHand
 
     def of(self, found: Features, chosen: Sequence[int], tokens: TokenSet) -> dict[str, Any]:

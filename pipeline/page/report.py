@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from ...stores.errors import SchemaError
 from ...stores.places import Place, write_atomic
 from ...stores.tree import open_run
 from ..report.printable import printable
-from .values import TokenSet
+from .values import TokenSet, absent
 
 SUFFIXES = (".html", ".htm")
 
@@ -47,12 +48,20 @@ def report_values(folder: Place, asked: Report) -> dict[str, Any]:
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "forebay": version("forebay"),
         "overview": said,
-        "norms": norms(folder, run, tokens, asked.tokens),
-        "lens": lens(run, tokens, asked.sequences, known),
-        "attention": attention(folder, run, tokens, asked.sequences),
-        "features": features(folder, run, tokens, asked.features, LogitEffects(folder, known)),
+        "norms": _told(lambda: norms(folder, run, tokens, asked.tokens)),
+        "lens": _told(lambda: lens(run, tokens, asked.sequences, known)),
+        "attention": _told(lambda: attention(folder, run, tokens, asked.sequences)),
+        "features": _told(lambda: features(run, tokens, asked.features, LogitEffects(known))),
         "texts": tokens.texts(folder),
     }
+
+
+def _told(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part of a page, or what the run lacks for it, such as its tokens."""
+    try:
+        return part()
+    except SchemaError as error:
+        return absent(error)
 
 
 def write_report(folder: Place, out: Path, asked: Report) -> int:

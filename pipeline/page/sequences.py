@@ -70,6 +70,8 @@ def attention(folder: Place, run: xr.DataTree, tokens: TokenSet, n_sequence: int
     chosen = [sequence for sequence in range(min(n_sequence, len(starts))) if _recorded(folder, starts[sequence])]
     n_head = node.sizes["layer"] * node.sizes["head"] * max(len(chosen), 1)
     most = int(min(MOST_QUERIES, node.sizes["query"], max(2.0, np.sqrt(2 * MOST_WEIGHTS / n_head) - 1)))
+    if "tokens" not in run.children:
+        return absent("The run keeps no tokens, and so no texts to show patterns over.")
     ids = run["tokens"].to_dataset()["token_id"]
     shown = []
     for sequence in chosen:

@@ -37,9 +37,11 @@ def numbers(values: NDArray[Any]) -> list[Any]:
 
 
 def table(value: object) -> dict[str, str]:
-    """A mapping of plain values out of a header, as texts. Empty for what is no mapping: headers are anybody's."""
+    """A mapping of plain values out of a header, as texts, without those that are None. Empty for what is no mapping:
+    headers are anybody's.
+    """
     found = value.items() if isinstance(value, Mapping) else ()
-    return {str(key)[:MOST_TEXT]: _text(one) for key, one in found}
+    return {str(key)[:MOST_TEXT]: _text(one) for key, one in found if one is not None}
 
 
 def _text(value: object) -> str:

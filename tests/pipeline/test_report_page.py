@@ -66,7 +66,7 @@ def test_the_overview_tells_every_step_and_how_far_it_is(values: dict[str, Any],
     assert said["complete"] is True
     assert [step["name"] for step in said["steps"]] == ["tokens", "activations", "features-sae"]
     assert all(step["units_done"] == step["units"] and step["left"] == 0 for step in said["steps"])
-    assert said["steps"][1]["model"] == {"source": str(tiny_model), "revision": "null"}
+    assert said["steps"][1]["model"] == {"source": str(tiny_model)}
     assert said["steps"][1]["versions"]["forebay"] == forebay.__version__
     digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
     assert digest in said["steps"][1]["files"].values()
@@ -207,6 +207,16 @@ def test_a_run_that_keeps_little_says_what_it_does_not_keep(run: Path, own_run: 
     assert json.loads(as_json(values)) == values
 
 
+def test_a_run_without_tokens_shows_what_needs_none(own_run: Path) -> None:
+    shutil.rmtree(own_run / "tokens")
+    (own_run / "tokenizer.json").unlink()
+    values = report_values(own_run, Report(features=3))
+    assert "token_id" in values["norms"]["absent"]
+    assert "token_id" in values["lens"]["absent"]
+    assert "keeps no tokens" in values["attention"]["absent"]
+    assert [one["contexts"] for one in values["features"]["shown"][0]["features"]] == [[], [], []]
+
+
 def test_where_the_model_is_not_at_hand_lens_and_logits_say_so(own_run: Path) -> None:
     recipe = json.loads((own_run / "recipe.json").read_text())
     recipe["recipe"]["model"]["source"] = "nobody/has-this"
@@ -328,7 +338,7 @@ def test_numbers_that_json_has_not_are_nothing() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("said", [None, [1], "text", 3, {"a": {"b": [None]}, "c": "d"}])
+@pytest.mark.parametrize("said", [None, [1], "text", 3, {"a": {"b": [None]}, "c": "d", "e": None}])
 def test_headers_of_any_kind_become_texts(said: object) -> None:
     expected = {"a": '{"b": [null]}', "c": "d"} if isinstance(said, dict) else {}
     assert table(said) == expected

@@ -245,10 +245,10 @@ function lensOf(one) {
   walk(cells);
   tell(one.layers.length - 1, 0);
   return [
+    detail,
     el("div", { class: "wide lens" }, el("table", { role: "grid", "aria-label": "Logit lens, layer by position" },
       el("thead", {}, el("tr", { role: "row" }, el("th", { scope: "col" }, "layer"), one.tokens.map((id) => el("th", { scope: "col", title: shown(id) }, shown(id))))),
-      el("tbody", {}, rows.map((layer, i) => el("tr", { role: "row" }, el("th", { scope: "row" }, String(one.layers[layer])), cells[i]))))),
-    detail];
+      el("tbody", {}, rows.map((layer, i) => el("tr", { role: "row" }, el("th", { scope: "row" }, String(one.layers[layer])), cells[i])))))];
 }
 
 /** Arrow keys, Home and End among cells [row][column], of which one takes part in the order of Tab. */
