@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from ...stages.encode import TRAINED
 from ...stores.errors import ForebayError
 from ...stores.features import Features
+from ...stores.fingerprint import sha256_files
 from ...stores.places import Place
 from ..recipe import Recipe
 from ..report.lens import unembedding_of
@@ -76,22 +78,44 @@ class LogitEffects:
 
         if self.known.unembedding is None:
             return {"logits": absent(self.known.reason)}
-        source = str(found.attrs.get("source", ""))
-        if not chosen or not Path(source).exists():
-            return {"logits": absent(f"the dictionary {source} is not on this machine")}
+        source, hook_out = _source(found), str(found.attrs.get("hook_out"))
+        if not chosen or source is None:
+            return {"logits": absent(f"the dictionary {found.attrs.get('source')} is not on this machine")}
         try:
             loaded = load_dictionary(source)
         except (DictionaryError, HookError, OSError) as error:
             return {"logits": absent(error)}
         if not isinstance(loaded, Dictionary) or loaded.n_feature != found.n_feature:
-            return {"logits": absent("only of a dictionary of one hook point, as it was when it encoded")}
-        if not loaded.hook_out.endswith(_RESIDUAL) or loaded.d_out != self.known.unembedding.weight.shape[1]:
-            return {"logits": absent(f"what is written at {loaded.hook_out} does not go to the logits as it is")}
+            return {"logits": absent("that is told of a dictionary of one hook point only")}
+        if not _unchanged(found, loaded.provenance.files):
+            return {"logits": absent(f"the files of {source} have changed since it encoded")}
+        if not hook_out.endswith(_RESIDUAL) or loaded.d_out != self.known.unembedding.weight.shape[1]:
+            return {"logits": absent(f"what is written at {hook_out} does not go to the logits as it is")}
         return {"logits": _extremes(self.known.unembedding, loaded.W_dec[list(chosen)], tokens)}
 
 
 _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "hook_embed")
 """Kinds of points in the residual stream, or what is added to it."""
+
+
+def _source(found: Features) -> Path | None:
+    """Where a dictionary lies on this machine: in the run, if it was trained there, wherever the run lies now."""
+    source, step = Path(str(found.attrs.get("source", ""))), found.by_token.store.path.parent
+    name = step.name.removeprefix("features-")
+    trained = step.parent / TRAINED / name
+    if source.parts[-2:] == (TRAINED, name) and isinstance(trained, Path) and trained.exists():
+        return trained
+    return source if source.is_absolute() and source.exists() else None
+
+
+def _unchanged(found: Features, files: Sequence[Path]) -> bool:
+    """Whether a dictionary's files are among those that determined the features, by their hashes."""
+    store = found.by_token.store
+    said = store.header.provenance.get("determines", {}).get("files", [])
+    return all(
+        [path.name, digest] in said
+        for path, digest in sha256_files(files, store.path.parent.parent / "files.json").items()
+    )
 
 
 def _extremes(unembedding: Unembedding, rows: Tensor, tokens: TokenSet) -> dict[str, Any]:

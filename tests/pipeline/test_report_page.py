@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import forebay
 from forebay.pipeline.cli import main
@@ -235,6 +235,21 @@ def test_a_model_whose_files_have_changed_is_not_taken_for_the_runs_own(own_run:
     recipe["recipe"]["model"]["source"] = str(altered_model(louder))
     (own_run / "recipe.json").write_text(json.dumps(recipe))
     assert "files have changed" in report_values(own_run, Report(features=1))["lens"]["absent"]
+
+
+def test_a_dictionary_that_has_changed_says_nothing_of_its_logits(own_run: Path) -> None:
+    path = own_run / "dictionaries" / "sae" / "sae_weights.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "W_dec": weights["W_dec"] * 2}, path)
+    [sae] = report_values(own_run, Report(features=1))["features"]["shown"]
+    assert "have changed" in sae["logits"]["absent"]
+    assert len(sae["features"]) == 1
+
+
+def test_a_run_that_was_moved_still_finds_its_dictionary(own_run: Path, values: dict[str, Any]) -> None:
+    moved = Path(shutil.move(own_run, own_run.with_name("moved")))
+    [sae] = report_values(moved, Report(features=7, sequences=0))["features"]["shown"]
+    assert sae["logits"] == values["features"]["shown"][0]["logits"]
 
 
 def test_units_that_are_not_done_are_left_out_and_told(own_run: Path) -> None:

@@ -51,7 +51,7 @@ function real(x) {
   if (x === null || x === undefined) return none;
   const size = Math.abs(x);
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) return x.toExponential(2);
-  return Number.isInteger(x) || size >= 1e4 ? Math.round(x).toLocaleString("en-US") : x.toPrecision(4);
+  return size === 0 || size >= 1000 ? Math.round(x).toLocaleString("en-US") : x.toPrecision(4);
 }
 
 function bytes(n) {
@@ -116,7 +116,7 @@ function lines(label, xs, ys, band) {
   return el("div", { class: "chart" }, svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: WIDTH, height: HEIGHT, role: "img", "aria-label": label },
     ticks(low, high).map((value) => [
       svg("path", { class: "axis", d: `M${LEFT} ${y(value)}H${WIDTH - RIGHT}` }),
-      svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, real(value))]),
+      svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, Number(value.toPrecision(6)).toLocaleString("en-US"))]),
     xs.map((text, i) => i % every ? null : svg("text", { x: x(i), y: HEIGHT - 8, "text-anchor": "middle" }, text)),
     around.length > 2 ? svg("path", { class: "band", d: `${path(around)}Z` }) : null,
     svg("path", { class: "line", d: path(line) }),
