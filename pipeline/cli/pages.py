@@ -22,7 +22,7 @@ from .shared import RUN, refuse
 )
 @click.option("--sequences", type=click.IntRange(min=0), default=3, show_default=True, help="Texts of lens, attention.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=100_000, show_default=True, help="First tokens, for the norms."
+    "--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="First tokens, for the norms."
 )
 @click.option("--features", type=click.IntRange(min=0), default=200, show_default=True, help="Of each dictionary.")
 @click.option("--fetch", is_flag=True, help="Look for a hub's model on its hub, for lens and logits.")

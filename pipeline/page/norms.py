@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...stages.analyze.massive_activations import massive_activations
 from ...stages.analyze.statistics import norm_statistics
-from ...stores.errors import SchemaError
+from ...stores.errors import CorruptStore, SchemaError
 from ...stores.places import Place
 from ...stores.store import Store
 from ...stores.tree import CAPTURED, run_stores
@@ -91,22 +91,29 @@ def _recorded(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     units = sorted(store.done())
     units = units[:: -(-len(units) // MOST_RECORDS) or 1]
-    sums: dict[str, dict[str, NDArray[Any]]] = {}
+    sums: dict[str, dict[str, NDArray[Any]]] = {kind.rpartition("/")[0]: {} for kind in store.schema.arrays}
     n_token = 0
     for unit in units:
         record = store.ledger.record(unit)
-        start, stop = record["rows"]["token"]
-        n_token += stop - start
-        for kind, said in record["statistics"].items():
-            for name in STATISTICS:
-                if name in said:
-                    merge = np.maximum if name.endswith("max") else np.add
-                    known = sums.setdefault(kind, {})
-                    found = np.asarray(said[name], dtype=np.float64)
-                    known[name] = merge(known[name], found) if name in known else found
-    for kind, known in sums.items():
+        try:
+            start, stop = record["rows"]["token"]
+            n_token += int(stop) - int(start)
+            for kind, known in sums.items():
+                _merge(known, record["statistics"].get(kind, {}), STATISTICS)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptStore(f"{store.ledger.path(unit)} is not the record of a unit ({error!r})") from error
+    for kind, known in ((kind, known) for kind, known in sums.items() if known):
         layer = store.labels.get(f"{kind}/layer")
         yield kind, {"layers": None if layer is None else layer[1].tolist(), **_told(store, kind, known, n_token)}
+
+
+def _merge(known: dict[str, NDArray[Any]], said: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Takes what a record says of a kind into the sums. ValueError where it is no number a layer."""
+    for name in names:
+        if name in said:
+            found = np.asarray(said[name], dtype=np.float64)
+            merge = np.maximum if name.endswith("max") else np.add
+            known[name] = merge(known[name], found) if name in known else found
 
 
 def _told(store: Store, kind: str, known: dict[str, NDArray[Any]], n_token: int) -> dict[str, Any]:

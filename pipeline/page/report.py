@@ -25,7 +25,7 @@ class Report:
     """
 
     sequences: int = 3
-    tokens: int = 100_000
+    tokens: int = 10_000
     features: int = 200
     fetch: bool = False
 

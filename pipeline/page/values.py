@@ -18,6 +18,8 @@ DIGITS = 5
 """Significant digits of a number that is shown."""
 MOST_TEXT = 4000
 """Characters of a text out of a header."""
+MOST_TOKEN = 200
+"""Characters of a token's text."""
 
 _ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
@@ -78,9 +80,10 @@ class TokenSet:
         if not wanted or not path.is_file():
             return {}
         try:
-            return dict(zip(map(str, wanted), Decoder(path)([[one] for one in wanted]), strict=True))
+            texts = Decoder(path)([[one] for one in wanted])
         except (ModelError, ForebayError):
             return {}
+        return {str(id): text[:MOST_TOKEN] for id, text in zip(wanted, texts, strict=True)}
 
 
 def absent(reason: object) -> dict[str, str]:

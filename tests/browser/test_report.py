@@ -197,6 +197,19 @@ def test_what_has_no_shape_of_its_own_is_named(show: Show, values: dict[str, Any
     assert page.locator("#lens thead th").nth(1).inner_text() == "⟨U+202E⟩⟨U+0000⟩·↵"
 
 
+def test_a_run_that_is_not_complete_says_so_with_its_failures(show: Show, values: dict[str, Any]) -> None:
+    failure = {"unit": 2, "attempts": 3, "error": HOSTILE}
+    changed = {"units": 9, "left": None, "failed": [2], "failures": [failure], "at_work": 4, "unreadable": 1}
+    first, second, *others = values["overview"]["steps"]
+    page = show(overview={"complete": False, "steps": [first, {**second, **changed}, *others], "recipe": None})
+    assert page.locator("#state").inner_text() == "not complete"
+    said = page.locator("#overview").inner_text()
+    assert "activations: 4 at work when this was made." in said
+    assert "activations: 1 records cannot be read; forebay status names them." in said
+    assert HOSTILE in said
+    assert page.locator("#overview .bar:not(.whole)").count() == 1
+
+
 def test_what_is_absent_is_told(show: Show) -> None:
     why = {"absent": "Not <b>kept</b>."}
     page = show(lens=why, attention=why, features=why, norms=why)

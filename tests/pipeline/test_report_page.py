@@ -24,6 +24,7 @@ from forebay.pipeline.cli import main
 from forebay.pipeline.page.page import ASSETS, page
 from forebay.pipeline.page.report import Report, check_out, report_values
 from forebay.pipeline.page.values import as_json, number, table
+from forebay.stores.errors import CorruptStore
 
 from ..report_runs import HOOK, write_run
 
@@ -265,6 +266,14 @@ def test_units_that_are_not_done_are_left_out_and_told(own_run: Path) -> None:
     assert values["lens"]["shown"][2]["top"][0][0] != [-1] * 5
     assert [one["sequence"] for one in values["attention"]["shown"]] == [0, 1, 2]
     assert "features-sae" in values["features"]["shown"][0]["absent"]
+
+
+@pytest.mark.parametrize("damage", [{"rows": 3}, {"statistics": {"hook_resid_post": {"abs_max": "many"}}}])
+def test_a_record_that_is_none_is_named(own_run: Path, damage: dict[str, Any]) -> None:
+    path = own_run / "activations" / "done" / "000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(CorruptStore, match=r"000001\.json is not the record of a unit"):
+        report_values(own_run, Report(sequences=0, features=0))
 
 
 def test_features_without_an_index_say_how_to_build_it(own_run: Path) -> None:

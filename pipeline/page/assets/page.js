@@ -150,10 +150,14 @@ function overview(part) {
     step.left === 0 ? "done" : step.left === null ? "?" : duration(step.left)]);
   const model = part.steps.map((step) => step.model).find((one) => Object.keys(one).length) ?? {};
   const failures = part.steps.flatMap((step) => step.failures.map((one) => [step.name, whole(one.unit), whole(one.attempts), el("span", { class: "code cut" }, ends(one.error))]));
+  const said = part.steps.flatMap((step) => [
+    step.left === 0 ? null : `${step.name}: ${step.at_work ? `${whole(step.at_work)} at work when this was made` : "nobody was at work when this was made"}.`,
+    step.unreadable ? `${step.name}: ${whole(step.unreadable)} records cannot be read; forebay status names them.` : null]);
   return [
     el("h2", {}, "Model"), pairs(model),
     el("h2", {}, "Steps"),
     grid(["step", "", "#units", "#failed", "#tokens", "#size", "#tokens/s", "#left"], rows),
+    said.map((line) => line && el("p", { class: "quiet" }, line)),
     failures.length ? [el("h2", {}, "Failed units"), grid(["step", "#unit", "#attempts", "error"], failures)] : [],
     el("h2", {}, "Where it comes from"),
     part.steps.map((step) => el("details", {}, el("summary", {}, step.name),
@@ -356,7 +360,7 @@ function dictionary(one) {
       el("div", {}, el("h2", {}, "How often features fire"), el("div", { class: "chart" },
         bars("Features by firing rate", counts, (i) => `at ${percent(10 ** edges[i])} to ${percent(10 ** edges[i + 1])} of the tokens`, [percent(10 ** edges[0]), "every token"])))),
     el("h2", {}, `The ${whole(one.features.length)} most telling features`),
-    one.features.length ? browser(one) : el("p", { class: "quiet" }, "None fires.")];
+    one.features.length ? browser(one) : el("p", { class: "quiet" }, "None to show.")];
 }
 
 function browser(one) {
