@@ -99,6 +99,15 @@ def test_the_toggle_changes_the_colours_that_the_system_asked_for(show: Show) ->
     assert page.evaluate(colour) == before
 
 
+def test_a_part_is_opened_by_its_address_and_its_tab_is_seen(show: Show) -> None:
+    page = show(400)
+    page.evaluate("location.hash = '#features'")
+    page.wait_for_selector("#features:visible")
+    box = page.locator("#tab-features").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 400
+
+
 def test_tabs_are_moved_between_by_arrow_keys(show: Show) -> None:
     page = show()
     page.focus("#tab-overview")

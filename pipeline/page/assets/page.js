@@ -476,6 +476,7 @@ function open(key) {
     const tab = document.getElementById(`tab-${name}`);
     tab.setAttribute("aria-selected", String(name === key));
     tab.tabIndex = name === key ? 0 : -1;
+    if (name === key) tabs.scrollLeft = tab.offsetLeft - tabs.offsetLeft - (tabs.clientWidth - tab.offsetWidth) / 2;
     document.getElementById(name).hidden = name !== key;
   }
   if (location.hash !== `#${key}`) history.replaceState(null, "", `#${key}`);
