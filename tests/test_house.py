@@ -287,7 +287,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {module_of(file.parent / "__init__.py").replace(".", "/") + f"/{file.name}" for file in FILES}
-    assert names == {*expected, "forebay/py.typed"}
+    assets = {f"forebay/{path.relative_to(ROOT)}" for path in (ROOT / "pipeline/page/assets").iterdir()}
+    assert names == {*expected, *assets, "forebay/py.typed"}
 
 
 def test_the_wheel_runs_where_there_is_no_source(wheel: Path, tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from . import growth, looks, machine, runs, shapes, upkeep
+from . import growth, looks, machine, pages, runs, shapes, upkeep
 from .manual import Commands
 
 SECTIONS = {
     "Make a run": (runs.plan, runs.run),
-    "Look at it": (looks.status, looks.lens, looks.features),
+    "Look at it": (looks.status, looks.lens, looks.features, pages.report),
     "Keep it": (upkeep.verify, upkeep.repair, shapes.delete),
     "Grow it": (growth.append, shapes.concat, shapes.export),
     "Models and dictionaries": (looks.hooks, runs.train, runs.index),

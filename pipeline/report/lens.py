@@ -73,13 +73,13 @@ def lens_of_run(
         activations = activations.sel(selection)
     except KeyError as error:
         raise SchemaError(f"{folder}: {error.args[0]}") from error
-    lens = logit_lens(activations, _unembedding(folder, run), top=top)
+    lens = logit_lens(activations, unembedding_of(folder, run), top=top)
     if last is not None:
         lens = lens.isel(token=lens["position"].values <= last)
     return lens.compute(), TokenTexts(folder)
 
 
-def _unembedding(folder: Place, run: xr.DataTree) -> Any:
+def unembedding_of(folder: Place, run: xr.DataTree) -> Any:
     """The unembedding of the model that made the run. FingerprintMismatch if its files have changed since."""
     from ...stages.models.unembedding import load_unembedding
 

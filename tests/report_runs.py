@@ -1,0 +1,40 @@
+"""A small finished run with everything that a report shows: residual streams, attention patterns, features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import forebay
+
+HOOK = "blocks.1.hook_resid_post"
+RECIPE = """
+[corpus]
+files = ["corpus.jsonl"]
+[model]
+source = {model}
+[tokenize]
+context = 19
+[capture]
+hooks = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_z", "blocks.{{0,2}}.attn.hook_pattern"]
+store_dtype = "bfloat16"
+unit_tokens = 57
+[train.sae]
+hook = "{hook}"
+n_feature = 45
+k = 4
+batch = 32
+n_batch = 20
+[encode.sae]
+"""
+
+
+def write_run(model: Path, texts: Sequence[str], folder: Path) -> Path:
+    """The run, in `folder`, which is there."""
+    lines = (json.dumps({"id": f"doc-{i}", "text": text}) + "\n" for i, text in enumerate(texts))
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    (folder / "recipe.toml").write_text(RECIPE.format(model=json.dumps(str(model)), hook=HOOK))
+    outcome = forebay.run(folder / "recipe.toml", folder / "run", device="cpu")
+    assert outcome.code == 0
+    return outcome.folder
