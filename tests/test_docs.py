@@ -128,7 +128,7 @@ def test_what_is_set_beside_other_libraries_runs(
 def test_names_that_pages_speak_of_are_there(name: str) -> None:
     """`forebay.NAME` of any page is a name of the package, or a module of it."""
     text = (DOCS / name).read_text(encoding="utf-8")
-    spoken = set(re.findall(r"\bforebay\.([A-Za-z_]\w*)", text))
+    spoken = set(re.findall(r"(?<![\w./-])forebay\.([A-Za-z_]\w*)", text))
     modules = {"stages", "stores", "pipeline"}
     assert spoken - modules - {*forebay.__all__} == set()
 

@@ -105,7 +105,7 @@ def test_the_page_about_the_command_line_has_every_command_with_its_options(name
     found = re.search(rf"^### forebay {name}\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
     assert found
     options = [one.opts for one in COMMANDS[name].params if isinstance(one, click.Option)]
-    assert re.findall(r"^\| `(--[\w-]+)", found[1], re.MULTILINE) == [opts[0] for opts in options]
+    assert re.findall(r"^\| `(--?[\w-]+)", found[1], re.MULTILINE) == [opts[0] for opts in options]
     assert all(example in found[1] for example in COMMANDS[name].examples)
 
 
