@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,11 +26,13 @@ from .html import html_table
 from .places import Place, place
 from .schema import Array, holds_store
 from .store import Store
-from .threads import N_CORE
+from .threads import N_CORE, WAITING
 from .tree import run_stores
 
 READERS = GATHERERS = max(2, N_CORE)
-"""Threads that read chunks into the next buffer, and that gather a batch from this one."""
+"""Threads that read chunks into the next buffer, and that gather a batch from this one: more than there are processors
+wait for each other. Of an object store `WAITING` read at least, for they wait for answers.
+"""
 BLOCK, PART_BYTES = 64, 2**21
 """Rows that are gathered and decoded at once, which stay in a processor's cache; what a thread gathers."""
 Rows = NDArray[Any]
@@ -250,7 +253,8 @@ class Batches:
         """Buffers, each to be waited for while the next one is being read; it is overwritten two later."""
         size = self._piece * min(max(1, self.buffer_tokens // self._piece), len(self._counts))
         memory = [[np.empty((size, c.width), c.kept) for c in self._columns] for _ in range(2)]
-        pool = ThreadPoolExecutor(READERS, "batches")
+        here = all(isinstance(column.store.path, Path) for column in self._columns)
+        pool = ThreadPoolExecutor(READERS if here else max(WAITING, READERS), "batches")
         ahead: list[_Filled] = []
         try:
             for n, (pieces, rows, last) in enumerate(self._buffers()):

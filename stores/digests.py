@@ -1,7 +1,7 @@
 """Checksums of a store's objects, by the name under which records hold them.
 
-BLAKE3 costs a quarter of the processor time that SHA-256 costs where the processor has instructions for both, and a
-sixth where it has none for SHA. Records of older stores hold SHA-256.
+BLAKE3 takes a quarter of the processor time of SHA-256, on a processor with AVX-512 and instructions for SHA (0.20 and
+0.85 seconds a GB). Records of older stores hold SHA-256.
 """
 
 from __future__ import annotations

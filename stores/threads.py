@@ -10,13 +10,13 @@ from typing import Any
 
 N_CORE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Processors of this process."""
-_WAITING = 4
+WAITING = 4
 """Threads at least: those that wait for a disk or an object store need no processor."""
 
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(_WAITING, N_CORE), "read")
+    return ThreadPoolExecutor(max(WAITING, N_CORE), "read")
 
 
 if hasattr(os, "register_at_fork"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...stages.capture import stored_points
@@ -46,6 +47,14 @@ class Column:
     def row_bytes(self) -> int:
         return math.prod(self.shape) * format_of(self.array.dtype).itemsize
 
+    def has_tokens_of(self, other: Column) -> bool:
+        """Whether both are of the same tokens, in the same sequences and documents."""
+        ours, theirs = self.store, other.store
+        return ours.schema.n_token == theirs.schema.n_token and all(
+            np.array_equal(ours.labels[f"{axis}/start"][1], theirs.labels[f"{axis}/start"][1])
+            for axis in ("sequences", "documents")
+        )
+
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens [start, stop) in their kept form. CorruptStore."""
         lead = () if self.layer is None else (self.layer,)
@@ -55,7 +64,8 @@ class Column:
 
 def columns_of(run: Place, hooks: str | Sequence[str]) -> list[Column]:
     """The hook points of a run that `hooks`, names and patterns, choose, in firing order; "*" leaves out those without
-    a token axis. SchemaError where none is left or one that was named has none; HookError, IncompleteStore.
+    a token axis. SchemaError where none is left, one that was named has none, or not all are of the same tokens;
+    HookError, IncompleteStore.
     """
     there = {column.point: column for store in run_stores(run) for column in _stored(store)}
     if not there:
@@ -70,9 +80,16 @@ def columns_of(run: Place, hooks: str | Sequence[str]) -> list[Column]:
             f"{point} of {run} lies along {', '.join(there[point].array.dims)}, without a token axis: choose other "
             "hooks, or keep it in a run with `forebay export`"
         )
-    for point in by_token:
-        there[point].store.require_complete()
-    return [there[point] for point in by_token]
+    columns = [there[point] for point in by_token]
+    for column in columns:
+        column.store.require_complete()
+        if not column.has_tokens_of(columns[0]):
+            raise SchemaError(
+                f"{column.point} of {column.store.path.parent} has other tokens than {columns[0].point} of "
+                f"{columns[0].store.path.parent}, and cannot stand beside it: run the recipe again if "
+                "one has not grown yet"
+            )
+    return columns
 
 
 def _stored(store: Store) -> Iterator[Column]:

@@ -127,6 +127,17 @@ def test_damage_and_missing_units_are_refused_and_leave_no_index(run: Path, tmp_
         forebay.to_safetensors(own, tmp_path / "other")
 
 
+def test_captures_of_other_tokens_are_refused(make_recipe: MakeRecipe, texts: list[str], tmp_path: Path) -> None:
+    hooks = {"whole": "blocks.0.hook_resid_post", "shorter": "blocks.1.hook_mlp_out"}
+    for name, kept in (("whole", texts), ("shorter", texts[:5])):
+        recipe = make_recipe(name, texts=kept, capture={"hooks": [hooks[name]]})
+        assert forebay.run(recipe, tmp_path / name, device="cpu").code == 0
+    shutil.copytree(tmp_path / "shorter/activations", tmp_path / "whole/activations-shorter")
+    with pytest.raises(SchemaError, match=r"has other tokens than .*run the recipe again"):
+        forebay.to_safetensors(tmp_path / "whole", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ── SAELens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
