@@ -31,8 +31,10 @@ from .measuring import measured as shown
 
 WIDTH, UNIT, CONTEXT = 2048, 2**14, 512
 KIND = "hook_resid_post"
-PIECE = 2**20
-"""Bytes that the bare reads ask for at once: those of a chunk."""
+PIECE, SLICE = 2**20, 2**24
+"""Bytes that bare reads ask for at once into memory that is used again, those of a chunk; and of an array that is kept,
+as whoever asks for values gets one.
+"""
 BATCH = 4096
 
 
@@ -200,6 +202,16 @@ def written(case: Case, folder: Path) -> tuple[Store, Path]:
     return store, folder / "bare.bin"
 
 
+def into_arrays(file: Path, size: int) -> None:
+    """Reads a file's bytes, an array for so many at a time."""
+    with open(file, "rb", buffering=0) as opened:
+        while len(np.fromfile(opened, np.uint8, size)):
+            pass
+
+
+INTO_ARRAYS = "reads of the same bytes, into arrays"
+
+
 def opened(store: Store, chunks: Any) -> xr.DataArray:
     found = open_store(store.path.parent, chunks=chunks)[f"{KIND}/value"]
     assert isinstance(found, xr.DataArray)
@@ -207,8 +219,8 @@ def opened(store: Store, chunks: Any) -> xr.DataArray:
 
 
 def readings(case: Case, folder: Path) -> dict[str, Measurement]:
-    """All values, from memory that the system keeps of the files: by bare reads into memory that is used again, decoded
-    by numpy, through xarray some at a time and all at once, and by Dask, a task a shard."""
+    """All values, from memory that the system keeps of the files: by bare reads into memory that is used again and into
+    new arrays, decoded by numpy, through xarray some at a time and all at once, and by Dask, a task a shard."""
     store, bare = written(case, folder)
     memory, kept = np.empty(PIECE, np.uint8), format_of(case.dtype)
     values, lazy = (opened(store, chunks) for chunks in (None, "auto"))
@@ -225,9 +237,10 @@ def readings(case: Case, folder: Path) -> dict[str, Measurement]:
                 part = given[layer, start : start + rows]
                 kept.decode(part.copy()) if isinstance(part, np.ndarray) else part.values
 
-    rows = 2**24 // (WIDTH * kept.itemsize)
+    rows = SLICE // (WIDTH * kept.itemsize)
     return {
-        "reads of the same bytes": lambda: seconds(reads),
+        INTO_ARRAYS: lambda: seconds(lambda: into_arrays(bare, SLICE)),
+        "reads of the same bytes, into one MiB": lambda: seconds(reads),
         "decoded 16 MiB at a time by numpy": lambda: seconds(lambda: slices(mapped, rows)),
         "open_store, slices of 16 MiB": lambda: seconds(lambda: slices(values, rows)),
         "open_store, slices of a shard": lambda: seconds(lambda: slices(values, UNIT)),
@@ -263,9 +276,10 @@ def spans(folder: Path) -> dict[str, Measurement]:
             ids.read(start, start + rows)
 
     return {
-        "reads of the same bytes": lambda: seconds(reads),
+        INTO_ARRAYS: lambda: seconds(lambda: into_arrays(folder / "bare.bin", SLICE)),
+        "reads of the same bytes, into one MiB": lambda: seconds(reads),
         "Spans, 1 MiB at a time": lambda: seconds(lambda: in_order(2**18)),
-        "Spans, 16 MiB at a time": lambda: seconds(lambda: in_order(2**22)),
+        "Spans, 16 MiB at a time": lambda: seconds(lambda: in_order(SLICE // 4)),
     }
 
 
@@ -273,7 +287,8 @@ def spans(folder: Path) -> dict[str, Measurement]:
 
 
 def shuffled(case: Case, folder: Path, cold: bool) -> dict[str, Measurement]:
-    """One layer's rows: copied in order from a memory map, in random MiB, in shuffled batches as kept and as float32.
+    """One layer's rows: in order into an array a batch, copied from a memory map into memory that is used again, in
+    random MiB, in shuffled batches as kept and as float32.
     Where `cold`, the system is asked to forget the files before each."""
     store, bare = written(case, folder)
     kept = format_of(case.dtype)
@@ -306,7 +321,9 @@ def shuffled(case: Case, folder: Path, cold: bool) -> dict[str, Measurement]:
 
     loader = partial(Batches, run=folder / "run", hooks=f"blocks.0.{KIND}", batch=BATCH)
     as_kept, as_float32 = loader(dtype="stored"), loader(dtype="float32")
-    warm, after = ({}, ", cold") if cold else ({"memmap, in order": timed(in_order)}, "")
+    each = partial(into_arrays, bare, memory.nbytes)
+    in_place = {INTO_ARRAYS: timed(each), "memmap, in order, into one batch": timed(in_order)}
+    warm, after = ({}, ", cold") if cold else (in_place, "")
     return {
         **warm,
         "reads of random MiB": timed(blocks),
@@ -326,9 +343,9 @@ def forgotten(file: Place) -> None:
 GOALS = (
     Goal(variant="UnitWriter.finish", beside="write and fsync of the same bytes", ratio=0.78),
     Goal(variant="its record", beside="UnitWriter.finish", ratio=100),
-    Goal(variant="open_store, slices of 16 MiB", beside="reads of the same bytes", ratio=0.4),
-    Goal(variant="Spans, 16 MiB at a time", beside="reads of the same bytes", ratio=0.9),
-    Goal(variant="run.batches, as kept", beside="memmap, in order", ratio=0.6),
+    Goal(variant="open_store, slices of 16 MiB", beside=INTO_ARRAYS, ratio=0.4),
+    Goal(variant="Spans, 16 MiB at a time", beside=INTO_ARRAYS, ratio=0.9),
+    Goal(variant="run.batches, as kept", beside=INTO_ARRAYS, ratio=0.6),
     Goal(variant="run.batches, as kept, cold", beside="reads of random MiB", ratio=0.9),
 )
 
