@@ -51,7 +51,7 @@ class Encode(Stage):
     """
 
     verb: ClassVar[str] = "encode"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     told_elsewhere: ClassVar[frozenset[str]] = frozenset({"name", "model", "dictionary", "run", "threads"})
 
     name: str

@@ -33,7 +33,7 @@ from forebay.stores.writer import UnitWriter
 
 from .measuring import Measurement
 
-TOKENS = 2**14
+TOKENS = 2**15
 ROWS = (1024, 2048, 4096)
 """In a matrix product."""
 HOOK = "blocks.15.hook_resid_post"
@@ -146,12 +146,12 @@ def features(encode: Encode, x: torch.Tensor, device: str) -> Measurement:
     """The encoder over activations in memory, in the blocks of the step, features dropped."""
     (site,) = encode.sites
     (encoding,) = load_encodings(encode, device)
-    encoder, rows = encoding.encoder, encoding.block_rows
+    encoder = encoding.encoder
 
     def of_all() -> None:
         for piece in x.split(PIECE_TOKENS):
-            for at in range(0, len(piece), rows):
-                found = piece[at : at + rows]
+            for cut in encoding.blocks(len(piece)):
+                found = piece[cut]
                 encoder.encode_sparse(found) if site.rank is None else encoder.encode_ranked(found)
 
     return lambda: seconds(of_all, x.device)

@@ -37,7 +37,7 @@ the rows of products, whose last bits may differ with their number: what is stor
 
 @dataclass(frozen=True)
 class SiteEncoding:
-    """A site with its encoder on the device, rows to a block, and what is measured on the way."""
+    """A site with its encoder on the device, most rows of a block, and what is measured on the way."""
 
     site: Site
     encoder: Encoder
@@ -45,6 +45,11 @@ class SiteEncoding:
     store_dtype: Dtype
     skip_positions: int
     fit_every: int
+
+    def blocks(self, n_row: int) -> list[slice]:
+        """Rows in as few blocks as may be, of one size but for a row: a short one would read all weights for little."""
+        n = -(-n_row // self.block_rows)
+        return [slice(n_row * i // n, n_row * (i + 1) // n) for i in range(n)]
 
     @property
     def fits(self) -> bool:
@@ -62,8 +67,8 @@ class SiteEncoding:
 
 
 def load_encodings(encode: Encode, device: str) -> tuple[SiteEncoding, ...]:
-    """The encoders of a step on the device, and how many rows each takes at a time: memory / (3 · features · bytes of
-    a preactivation).
+    """The encoders of a step on the device, and how many rows each takes at a time at most: memory / (3 · features ·
+    bytes of a preactivation).
     """
     if torch.device(device).type == "cpu":
         keep_freed_memory()  # preactivations are as large in every block
@@ -148,12 +153,12 @@ def _encode(
     _require_finite(x, site, tokens)
     target = activations.get(site.hook_out) if encoding.fits else None
     chosen = np.flatnonzero(counted & (tokens % encoding.fit_every == 0)) if target is not None else np.zeros(0, int)
-    edges = range(0, len(x), encoding.block_rows)
-    samples = np.split(chosen, np.searchsorted(chosen, edges[1:]))
-    blocks = []
-    for at, sample in zip(edges, samples, strict=True):
-        rows = x[at : at + encoding.block_rows]
-        blocks.append(_block(encoding, rows, torch.from_numpy(sample - at).to(x.device)))
+    cuts = encoding.blocks(len(x))
+    samples = np.split(chosen, np.searchsorted(chosen, [cut.start for cut in cuts[1:]]))
+    blocks = [
+        _block(encoding, x[cut], torch.from_numpy(sample - cut.start).to(x.device))
+        for cut, sample in zip(cuts, samples, strict=True)
+    ]
     value, feature, count, decoded = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     counts = on_host(count.to(torch.int32))
     kept = on_host(cast(value, encoding.store_dtype, f"features of {site.source}", "encode's store_dtype"))
