@@ -88,6 +88,9 @@ def open_cache(folder: Path) -> Cache:
     splits = sorted((_split(path) for path in folder.glob("*.safetensors")), key=lambda split: split.first)
     if not splits:
         raise SchemaError(f"{folder} holds no <first>_<last>.safetensors: there are no latents to import")
+    due = config.get("n_splits")
+    if isinstance(due, int) and len(splits) < due:
+        raise SchemaError(f"{folder} holds {len(splits)} of the {due} files that its {CONFIG} speaks of (n_splits)")
     beyond = 0
     for split in splits:
         if split.first < beyond:
