@@ -156,8 +156,9 @@ def from_activault(
     Files are laid end to end in the order of their job and number; they may differ in size. Every file is read twice,
     for its sha256 and its values. Files are mapped into memory, whatever their size; held are a unit (by default at
     most 256 MiB over all hooks, or one sequence) and 64 MiB. Killed at any time, the same call goes on, to the same
-    bytes. SchemaError names what is missing, differs or is not finite; HookError; FingerprintMismatch where `run`
-    holds something else; DiskFull.
+    bytes. SchemaError names what is missing or differs before anything is written, and tokens that differ and values
+    that are not finite when their unit's turn comes; HookError; FingerprintMismatch where `run` holds something else;
+    DiskFull.
     """
     root, folder = Path(source), place(run)
     names = chosen(hooks, folders_of(root), root)

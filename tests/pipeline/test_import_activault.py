@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,9 @@ def test_the_run_says_where_it_comes_from(run: Path, vault: Path) -> None:
     assert provenance["imported"]["config"]["metadata"][POST]["d_in"] == WIDTH
     files = provenance["determines"]["source"]["files"]
     assert set(files) == {
-        path.relative_to(vault).as_posix() for path in vault.rglob("*") if path.name != "statistics.json" and path.is_file()
+        path.relative_to(vault).as_posix()
+        for path in vault.rglob("*")
+        if path.name != "statistics.json" and path.is_file()
     }
     statistics = Store.open(run / "activations").ledger.record(0)["statistics"]["mlp.hook_out"]
     first = HOOKS[HIGHER][0][:2].float()
@@ -147,9 +148,9 @@ def test_an_import_that_ended_goes_on_to_the_same_bytes(
     settings: dict[str, Any] = {"rename": RENAME, "tokenizer": tiny_model / "tokenizer.json", "unit_tokens": 10}
     with pytest.raises(KeyboardInterrupt):
         forebay.from_activault(vault, tmp_path / "run", progress=Ending(4), **settings)
-    torn = next(path for path in (tmp_path / "run/activations/data.zarr").rglob("c/*/0/0") if path.is_file())
-    garbage = torn.with_name("1")
-    (garbage if garbage.is_file() else torn.parent.with_name("2")).parent.mkdir(exist_ok=True)
+    torn = tmp_path / "run/activations/data.zarr/mlp.hook_out/value/c/0/1/0"
+    torn.parent.mkdir()
+    torn.write_bytes(b"half")
     assert forebay.from_activault(vault, tmp_path / "run", **settings).code == 0
     assert data(tmp_path / "run") == data(run)
     with pytest.raises(FingerprintMismatch, match="imported with other settings"):
@@ -196,7 +197,7 @@ def renamed(vault: Path) -> None:
 
 
 def hostile(vault: Path) -> None:
-    (vault / POST / f"{uuid(0)}--1_0.saved.pt").write_bytes(pickle.dumps({"states": print}))
+    torch.save({"states": print}, vault / POST / f"{uuid(0)}--1_0.saved.pt")
 
 
 REFUSED: list[tuple[Change, str]] = [
@@ -216,8 +217,11 @@ REFUSED: list[tuple[Change, str]] = [
     (kept(POST, lambda held: held.pop("input_ids")), r"is no dict of the tensors states and input_ids"),
     (kept(POST, put("states", (2, 3, 1), float("nan"))), r"states of sequence 2 are NaN or infinite at position 3"),
     (kept(PRE, put("input_ids", (1, 1), 9999)), r"other tokens than .* Import each hook into a run of its own"),
-    (kept(PRE, put("input_ids", (1, 1), -100)), r"holds -100 among its tokens|other tokens than"),
-    (kept(PRE, lambda held: held.update(states=held["states"][:1], input_ids=held["input_ids"][:1])), r"not the 3 seq"),
+    (kept(PRE, put("input_ids", (1, 1), -100)), r"holds -100 among its tokens"),
+    (
+        kept(PRE, lambda held: held.update(states=held["states"][:1], input_ids=held["input_ids"][:1])),
+        r"has not the 1 sequences of",
+    ),
 ]
 
 
@@ -233,7 +237,9 @@ def test_what_activault_does_not_write_is_refused_by_name(change: Change, messag
 
 
 def test_names_that_do_not_say_what_they_hold_are_refused_with_the_reason(vault: Path, tmp_path: Path) -> None:
-    with pytest.raises(SchemaError, match=r"calls its attention by keyword.*--rename models\.layers\.1\.self_attn\.pre="):
+    with pytest.raises(
+        SchemaError, match=r"calls its attention by keyword.*--rename models\.layers\.1\.self_attn\.pre="
+    ):
         forebay.from_activault(vault, tmp_path / "run")
     old = write_activault(tmp_path / "old", {"blocks.3.hook_resid_post": HOOKS[POST]}, token_ids())
     with pytest.raises(SchemaError, match="after the final norm"):

@@ -249,7 +249,10 @@ REFUSED: list[tuple[Change, str]] = [
     (lambda folder: (folder / "config.json").write_text("{}"), r"does not name the model .* --model"),
     (lambda folder: (folder / "0_3.safetensors").unlink(), r"latents 0 to 3 are in no file"),
     (lambda folder: (folder / "config.json").write_text('{"n_splits": 3}'), r"holds 2 of the 3 files"),
-    (lambda folder: (folder / "4_8.safetensors").rename(folder / "3_8.safetensors"), r"begins with latent 3; .* with 3"),
+    (
+        lambda folder: (folder / "4_8.safetensors").rename(folder / "3_8.safetensors"),
+        r"begins with latent 3; .* with 3",
+    ),
     (lambda folder: (folder / "4_8.safetensors").rename(folder / "all.safetensors"), r"not named <first>_<last>"),
     (lambda folder: (folder / "4_8.safetensors").write_bytes(b"\0" * 20), r"is no safetensors file"),
     (changed("4_8.safetensors", lambda held: held.pop("tokens")), r"has no tokens: cache again with save_tokens=True"),
