@@ -30,7 +30,7 @@ def write_delphi(
     hookpoint: str = "layers.1.mlp",
     starts: Sequence[int] = (0,),
     locations: str = "uint16",
-    config: Mapping[str, Any] = {"model_name": "org/model", "n_tokens": 35},  # noqa: B006
+    config: Mapping[str, Any] = {"model_name": "org/model", "n_tokens": 35},
 ) -> Path:
     """A hookpoint of a cache, a file for the latents from each of `starts` on."""
     folder = root / "latents" / hookpoint
@@ -55,7 +55,7 @@ def write_activault(
     tokens: Sequence[torch.Tensor],
     *,
     jobs: Sequence[str] | None = None,
-    config: Mapping[str, Any] = {"transformer_config": {"model_name": "org/model"}},  # noqa: B006
+    config: Mapping[str, Any] = {"transformer_config": {"model_name": "org/model"}},
 ) -> Path:
     """A run with a file for each tensor of states [B, T, d], file n of every hook with `tokens[n]` and one uuid. Uuids
     sort against the order of files."""
