@@ -30,8 +30,7 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
     examples=(
         "forebay import results/run/latents runs/latents --format delphi",
         "forebay import vault/llama runs/llama --format activault --hooks models.layers.24.mlp.post",
-        "forebay import vault/llama runs/llama --format activault --rename "
-        "models.layers.24.self_attn.pre=blocks.24.hook_resid_pre",
+        "forebay import vault/old runs/old --format activault --rename emb=hook_embed",
     ),
 )
 @click.argument("source", type=click.Path(path_type=Path))
