@@ -91,7 +91,7 @@ def _recipe_of(folder: Path) -> tuple[Recipe, str]:
     if not path.is_file():
         raise StoreNotFound(f"{folder} is no run: it has no recipe.json. Start one with `forebay run RECIPE`")
     said = read_json(path)
-    return Recipe.from_json(said["recipe"]), said["device"]
+    return Recipe.from_json(said.get("recipe")), said["device"]
 
 
 def _refuse_complete(recipe: Recipe, folder: Path, device: str, files: Iterable[str | Path]) -> None:

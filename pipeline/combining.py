@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any, cast
 
 from ..stages.capture import stored_points
@@ -14,18 +12,15 @@ from ..stages.models.points import HookPoint, expand
 from ..stores.concat import Parts, Run
 from ..stores.copies import Copy, Kept, everything
 from ..stores.cuts import Cut
-from ..stores.errors import DiskFull, FingerprintMismatch, SchemaError, nearest
-from ..stores.feature_rows import KIND
+from ..stores.errors import FingerprintMismatch, SchemaError, nearest
 from ..stores.fingerprint import canonical_json, versions
-from ..stores.ledger import Ledger, read_json
-from ..stores.places import Place, free_space, place, write_atomic
+from ..stores.ledger import read_json
+from ..stores.places import Place, place, write_atomic
 from ..stores.store import Store
 from ..stores.tree import CAPTURED
-from .dictionaries import index_features
-from .executors.executor import StepOutcome
+from .filling import check_space, fill
 from .progress import Progress, Quiet
 from .run import Outcome
-from .stopping import stop_on_signals
 
 
 def export(
@@ -55,39 +50,9 @@ def export(
     parts, folder, progress = Parts.of(several, steps), place(to), progress or Quiet()
     chosen = [hooks] if isinstance(hooks, str) else hooks
     copies = _copies(parts, folder, _kept(parts, chosen, layers), documents, tokens)
-    _check_space(folder, copies)
+    check_space(folder, copies, "Keep fewer steps, hooks or documents")
     _save(parts, copies, folder)
-    with stop_on_signals() as stop, progress:
-        # All are there before the first is filled: a run that was stopped is seen to be incomplete.
-        stores = [copy.open() for copy in copies]
-        outcomes: list[StepOutcome] = []
-        whole = True
-        for copy, store in zip(copies, stores, strict=True):
-            outcomes.append(_fill(copy, store, progress, stop))
-            whole = not outcomes[-1].left
-            if whole and store.schema.kind == KIND:
-                whole = index_features(copy.folder, progress, stop)
-            if not whole:
-                break
-    return Outcome(folder, tuple(outcomes), interrupted=not whole)
-
-
-def _fill(copy: Copy, store: Store, progress: Progress, stop: Event) -> StepOutcome:
-    """The units of a copy that are not there, until `stop` is set."""
-    outcome, todo = StepOutcome(copy.name, store.schema.n_token), store.todo()
-    progress.start(outcome.name, outcome.n_token, outcome.n_token - sum(map(len, todo)))
-    began, started = time.time(), time.perf_counter()
-    for unit in todo:
-        if stop.is_set():
-            break
-        record = copy.write(store, unit)
-        outcome.tokens, outcome.nbytes = outcome.tokens + len(unit), outcome.nbytes + record["bytes"]
-        progress.advance(len(unit))
-        progress.recorded(unit, record)
-    outcome.seconds, outcome.left = time.perf_counter() - started, sum(map(len, store.todo()))
-    if not outcome.left:
-        store.sweep(before=began)
-    return outcome
+    return fill(copies, folder, progress)
 
 
 # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -172,7 +137,7 @@ def _save(parts: Parts, copies: Sequence[Copy], folder: Place) -> None:
         }
         for run, one, cut in zip(parts.runs, about, copies[0].cuts, strict=True)
     ]
-    said: dict[str, Any] = {key: value for key, value in about[0].items() if key in ("recipe", "device")}
+    said: dict[str, Any] = {key: value for key, value in about[0].items() if key in ("recipe", "device", "imported")}
     said |= {"fingerprints": {copy.name: copy.fingerprint for copy in copies}, "cut_from": rows}
     path, tokenizer = folder / "recipe.json", parts.runs[0] / "tokenizer.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,22 +156,6 @@ def _save(parts: Parts, copies: Sequence[Copy], folder: Place) -> None:
 def _recipe(run: Place) -> dict[str, Any]:
     path = run / "recipe.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _check_space(folder: Place, copies: Sequence[Copy]) -> None:
-    """DiskFull if what is left to write is more than what is free, before anything is written."""
-    there = folder
-    while isinstance(there, Path) and not there.exists():
-        there = there.parent
-    free, left = free_space(there), 0
-    for copy in copies:
-        todo = copy.schema.grid.left(Ledger(copy.folder).done())
-        left += -(-copy.schema.nbytes * sum(map(len, todo)) // copy.schema.n_token)
-    if free is not None and left > free:
-        raise DiskFull(
-            f"{folder} needs {left:,} more bytes (before compression), and {free:,} are free. Keep fewer steps, hooks "
-            "or documents, or write into a larger disk"
-        )
 
 
 def parse_range(text: str, what: str) -> slice:

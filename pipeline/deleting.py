@@ -20,7 +20,7 @@ from ..stores.schema import store_folders
 from ..stores.store import Store
 from .dictionaries import is_trained
 
-STORE = re.compile(r"tokens|activations(-[\w-]+)?|features-[\w-]+")
+STORE = re.compile(r"tokens|activations(-[\w-]+)?|features-[\w.-]+")
 GOING = ".deleted"
 """Ending of the name of what is on its way out. It begins with a dot, which readers pass over."""
 

@@ -183,7 +183,7 @@ def profile_of_run(folder: Place) -> Profile:
     found = [(name, read_header(step / DATA), _sample(Ledger(step))) for name, step in steps]
     found = sorted(found, key=lambda one: one[1].schema.kind != "tokens")
     ran = [(name, header, records) for name, header, records in found if records]
-    if not said or not ran:
+    if "device" not in said or not ran:
         raise StoreNotFound(
             f"{folder} is no run with finished units, and there is nothing to take a profile from. Give the folder of "
             "one that ran, or measure with --measure"

@@ -71,7 +71,10 @@ class Recipe:
         """The recipe that `to_json` wrote, as it stands in a run's recipe.json. RecipeError for anything else."""
         said = value.get("corpus") if isinstance(value, Mapping) else None
         if not isinstance(said, Mapping) or not all(isinstance(n, str) for n in (said.get("root"), value.get("name"))):
-            raise RecipeError("recipe.json holds no recipe as `forebay run` writes it: it is damaged")
+            raise RecipeError(
+                "recipe.json holds no recipe as `forebay run` writes it. A run that was imported has none, and nothing "
+                "of it can be computed again, or from its model or corpus; else it is damaged"
+            )
         tables = {name: table for name, table in value.items() if name in TABLES}
         corpus = {key: entry for key, entry in value["corpus"].items() if key != "root"}
         folder = Path(value["corpus"]["root"])

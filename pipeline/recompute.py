@@ -58,7 +58,7 @@ def recompute(
     """
     path = folder / "recipe.json"
     if path.is_file():
-        settle_threads(Recipe.from_json(read_json(path)["recipe"]).stages, folder, None)
+        settle_threads(Recipe.from_json(read_json(path).get("recipe")).stages, folder, None)
     plan = load_plan(folder, device)
     for step in plan.steps:
         done = sorted(step.open().done())

@@ -138,7 +138,7 @@ class Copy:
         alike = {key: value for key, value in about.get("determines", {}).items() if key not in ("schema", "source")}
         rows = [{"fingerprint": cut.store.fingerprint, **cut.to_json()} for cut in self.cuts]
         payload = {**alike, "schema": self.schema.to_json(), "source": {"rows_of": rows}}
-        kept: dict[str, Any] = {key: about[key] for key in ("model", "skip_positions") if key in about}
+        kept: dict[str, Any] = {key: about[key] for key in ("model", "skip_positions", "imported") if key in about}
         if "dictionaries" in about:
             kept["dictionaries"] = {group: one for group, one in about["dictionaries"].items() if group in self.kept}
         runs = [str(cut.store.path.parent.parent) for cut in self.cuts]

@@ -220,7 +220,7 @@ class Features:
         if text and (self.decode is None or self.tokens is None):
             raise SchemaError(
                 f"{self.by_token.store.path.parent.parent} has no tokens, or no tokenizer.json, to make text of; "
-                "ask with text=False"
+                "ask with text=False, or copy the model's tokenizer.json into that folder"
             )
         index, offsets = self.index, np.arange(-before, after + 1)
         found = top_contexts(self.by_token, index, wanted, n, offsets)

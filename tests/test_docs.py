@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import forebay
 
 from .models.rwkv_models import write_pth
+from .pipeline.foreign_caches import latents, write_activault, write_delphi
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -115,7 +118,12 @@ def test_examples_of_analyses_run(
 def test_what_is_set_beside_other_libraries_runs(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first block stands before each of the others."""
+    """The first block stands before each of the others; the caches of other libraries lie where the page says."""
+    tokens = np.random.default_rng(0).integers(0, 300, (7, 16))
+    write_delphi(tmp_path / "results", latents((7, 16, 9)), tokens, starts=[0, 5])
+    write_activault(
+        tmp_path / "vault", {"models.layers.1.mlp.post": [torch.randn(2, 16, 28)]}, [torch.from_numpy(tokens[:2])]
+    )
     shutil.copytree(tiny_model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     first, *others = blocks_of("coming-from.md")

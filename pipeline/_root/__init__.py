@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import forebay.stages.plots as plot
     from forebay.pipeline.appending import append
     from forebay.pipeline.combining import export
+    from forebay.pipeline.interchange.activault_files import from_activault
+    from forebay.pipeline.interchange.delphi_cache import from_delphi
     from forebay.pipeline.interchange.sae_lens_dataset import to_sae_lens
     from forebay.pipeline.interchange.safetensors_files import to_safetensors
     from forebay.pipeline.plan import plan
@@ -174,6 +176,8 @@ _HOMES = {
     "export": "forebay.pipeline.combining",
     "feedback_sweep": "forebay.stages.analyze.recurrent_feedback",
     "first_appearance": "forebay.stages.analyze.logit_lens",
+    "from_activault": "forebay.pipeline.interchange.activault_files",
+    "from_delphi": "forebay.pipeline.interchange.delphi_cache",
     "head_detectors": "forebay.stages.analyze.head_detectors",
     "indirect_effect": "forebay.stages.analyze.causal_tracing",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
@@ -310,6 +314,8 @@ __all__ = [
     "export",
     "feedback_sweep",
     "first_appearance",
+    "from_activault",
+    "from_delphi",
     "head_detectors",
     "indirect_effect",
     "intervention_effect",

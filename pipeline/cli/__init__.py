@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from . import growth, looks, machine, pages, runs, shapes, upkeep
+from . import growth, imports, looks, machine, pages, runs, shapes, upkeep
 from .manual import Commands
 
 SECTIONS = {
-    "Make a run": (runs.plan, runs.run),
+    "Make a run": (runs.plan, runs.run, imports.import_),
     "Look at it": (looks.status, looks.lens, looks.features, pages.report),
     "Keep it": (upkeep.verify, upkeep.repair, shapes.delete),
     "Grow it": (growth.append, shapes.concat, shapes.export),

@@ -68,7 +68,7 @@ def _ready(folder: Place, step: str, device: str) -> tuple[Plan, Step, Store, Ap
 
 @lru_cache(maxsize=1)
 def _loaded(folder: Place, step: str, device: str, fingerprint: str) -> tuple[Plan, Step, Store, Apply]:
-    recipe = Recipe.from_json(read_json(folder / "recipe.json")["recipe"])
+    recipe = Recipe.from_json(read_json(folder / "recipe.json").get("recipe"))
     settle_threads(recipe.stages, folder, None)
     plan = load_plan(folder, device)
     this = plan.step(step)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from ...stages.models.spec import ModelSpec
+    from ..run import Outcome
     from .features import FeatureReport
 
 
@@ -34,6 +35,24 @@ def hooks_values(model: str, spec: ModelSpec, patterns: Sequence[str]) -> dict[s
         for point in chosen
     ]
     return {"model": model, "family": spec.family, "hook_points": points}
+
+
+def outcome_values(outcome: Outcome) -> dict[str, Any]:
+    """What a call has done: whether the run is `complete`, and of each step the tokens in all (`n_token`), computed now
+    (`tokens`) and `left`, bytes written and `seconds`.
+    """
+    steps = [
+        {
+            "name": step.name,
+            "n_token": step.n_token,
+            "tokens": step.tokens,
+            "left": step.left,
+            "nbytes": step.nbytes,
+            "seconds": _number(step.seconds),
+        }
+        for step in outcome.steps
+    ]
+    return {"run": str(outcome.folder), "complete": outcome.code == 0, "steps": steps}
 
 
 def lens_values(run: Place, hook: str, lens: xr.Dataset, decode: Mapping[int, str]) -> dict[str, Any]:
