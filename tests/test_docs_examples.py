@@ -78,6 +78,7 @@ TEXT = {
     "host     = process": "formulas",
     "compute = loading": "formulas",
     "run/recipe.json": "a listing of a folder",
+    "stores/      WHERE": "a listing of folders",
     '{"schema": {"kind"': "the shape of a JSON object",
     "def _granite(config": "an excerpt of stages/models/families, which is compared with it",
 }
@@ -96,7 +97,7 @@ source = "model"
 [tokenize]
 context = 16
 [capture]
-hooks = ["blocks.[0-15].hook_resid_post"]
+hooks = ["blocks.{0,3,5,7,10,11,12,15}.hook_resid_post"]
 store_dtype = "bfloat16"
 unit_tokens = 256
 [train.sae]

@@ -36,11 +36,11 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_a_link_that_leads_nowhere_is_found() -> None:
     text = (
         "# One thing: `a`\n## Same\n## Same\n[a](hooks.md) [b](gone.md) [c](#one-thing-a) [d](#two) [e](#same-1)"
-        " [f](recipes.md#gone) [g](https://example.org/gone)\n```\n[h](not.md) # [i](link.md)\n```\n"
+        " [f](hooks.md#gone) [g](https://example.org/gone)\n```\n[h](not.md) # [i](link.md)\n```\n"
         "[j](../../outside.md)"
     )
-    found = [one.partition(": ")[0] for one in broken("docs/page.md", text)]
-    assert found == ["gone.md", "#two", "recipes.md#gone", "../../outside.md"]
+    found = [one.partition(": ")[0] for one in broken("docs/recipes.md", text)]
+    assert found == ["gone.md", "#two", "hooks.md#gone", "../../outside.md"]
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
