@@ -38,7 +38,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # Files whose few tests take long, so that no process is left with one of them when the others have nothing to do.
-LONGEST = ("test_notebooks.py", "test_kill.py", "test_docs.py", "test_house.py", "test_training_kill.py")
+LONGEST = ("test_notebooks.py", "test_kill.py", "test_docs_examples.py", "test_house.py", "test_training_kill.py")
 LONGEST += ("test_real_weights.py", "test_agrees_with_transformers.py", "test_determinism.py")
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -305,6 +306,27 @@ def test_the_wheel_runs_where_there_is_no_source(wheel: Path, tmp_path: Path) ->
     for command in ([python, "-m", "forebay"], [python.with_name("forebay")]):
         said = subprocess.check_output([*command, "--version"], text=True, cwd=tmp_path)
         assert said == f"forebay, version {forebay.__version__}\n"
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_the_tests_and_the_documentation_and_makes_the_same_wheel(
+    wheel: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    kept = (*FOLDERS, "tests", "scripts", "docs")
+    for name in kept:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    expected = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, tree]  # the wheel from the archive
+    found = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    [archive], [made] = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    assert expected - held == set()
+    assert sorted(zipfile.ZipFile(made).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_command_that_is_installed_here_runs(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def test_what_is_recorded_is_whole(kept: Kept) -> None:
         assert forebay.open_store(kept.folder / step).name == step
 
 
+def test_checksums_of_another_kind_find_damage_all_the_same(kept: Kept) -> None:
+    """Records hold the checksum of their day; those of the first archive hold SHA-256."""
+    store = Store.open(kept.folder / "activations")
+    (key, entry), *_ = store.ledger.record(0)["objects"].items()
+    [kind] = set(entry) - {"bytes"}
+    assert kind == "sha256" or kept.about["format"] > 1
+    path = kept.folder / "activations/data.zarr" / key
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    [(unit, [line])] = store.verify().items()
+    path.write_bytes(before)
+    assert unit == 0
+    assert f"its bytes have changed since they were recorded ({kind} " in line
+    assert store.verify() == {}
+
+
 def test_open_run_gives_tokens_where_they_belong_and_activations(kept: Kept) -> None:
     run, expected = forebay.open_run(kept.folder), kept.expected
     assert run["tokens/token_id"].values.tolist() == expected["token_id"].tolist()
