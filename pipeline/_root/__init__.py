@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import forebay.stages.plots as plot
     from forebay.pipeline.appending import append
     from forebay.pipeline.combining import export
+    from forebay.pipeline.hub.pull import from_hub
+    from forebay.pipeline.hub.push import push_to_hub
     from forebay.pipeline.interchange.sae_lens_dataset import to_sae_lens
     from forebay.pipeline.interchange.safetensors_files import to_safetensors
     from forebay.pipeline.plan import plan
@@ -174,6 +176,7 @@ _HOMES = {
     "export": "forebay.pipeline.combining",
     "feedback_sweep": "forebay.stages.analyze.recurrent_feedback",
     "first_appearance": "forebay.stages.analyze.logit_lens",
+    "from_hub": "forebay.pipeline.hub.pull",
     "head_detectors": "forebay.stages.analyze.head_detectors",
     "indirect_effect": "forebay.stages.analyze.causal_tracing",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
@@ -210,6 +213,7 @@ _HOMES = {
     "position_sweep": "forebay.stages.analyze.position_sweep",
     "probe": "forebay.stages.analyze.probing",
     "project": "forebay.stages.analyze.pca",
+    "push_to_hub": "forebay.pipeline.hub.push",
     "random_repeats": "forebay.stages.analyze.head_detectors",
     "reconstruct": "forebay.stages.analyze.pca",
     "recovery": "forebay.stages.analyze.patching",
@@ -310,6 +314,7 @@ __all__ = [
     "export",
     "feedback_sweep",
     "first_appearance",
+    "from_hub",
     "head_detectors",
     "indirect_effect",
     "intervention_effect",
@@ -347,6 +352,7 @@ __all__ = [
     "position_sweep",
     "probe",
     "project",
+    "push_to_hub",
     "random_repeats",
     "reconstruct",
     "recovery",
