@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
 from flask import Flask, Response, jsonify, request
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -65,6 +66,10 @@ class Hub:
     """Files that are served; after so many, a request for one is never answered."""
     held: threading.Event = field(default_factory=threading.Event)
     url: str = ""
+
+    def forget(self) -> None:
+        """Takes everything away but the address."""
+        self.__dict__.update(Hub(url=self.url).__dict__)
 
     def entry(self, repo: Repo, path: str, data: bytes) -> dict[str, Any]:
         found: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
@@ -225,6 +230,8 @@ def application(hub: Hub) -> Flask:
 
 
 class Silent(WSGIRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept, as the hub keeps them
+
     def log_request(self, *args: Any, **kwargs: Any) -> None: ...
 
 
@@ -243,3 +250,16 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def ask(hub: Hub, patch: pytest.MonkeyPatch) -> None:
+    """Has huggingface_hub ask this hub, as its owner. What HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET say is read
+    once, when the library is imported: it is set where the library keeps it. HF_TOKEN is read each time.
+    """
+    from huggingface_hub import constants
+
+    settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    settings["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in settings.items():
+        patch.setattr(constants, name, value)
+    patch.setenv("HF_TOKEN", OWNER_TOKEN)

@@ -15,6 +15,7 @@ import pytest
 
 import forebay
 
+from .hub_server import ask, serving
 from .models.rwkv_models import write_pth
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -110,6 +111,24 @@ def test_examples_of_analyses_run(
         exec(compile(block, "analyses.md", "exec"), together)  # noqa: S102 - our own text
         pyplot.close("all")
     assert capsys.readouterr().out == ""
+
+
+def test_examples_of_sharing_run(
+    make_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a hub on loopback."""
+    recipe = make_recipe("novels", capture={"unit_tokens": 256})
+    assert forebay.run(recipe, tmp_path / "runs/novels").code == 0
+    monkeypatch.chdir(tmp_path)
+    with serving() as hub, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+        ask(hub, monkeypatch)
+        for block in blocks_of("sharing.md"):
+            exec(compile(block, "sharing.md", "exec"), {"forebay": forebay})  # noqa: S102 - our own text
+    assert "files were sent" in capsys.readouterr().out
 
 
 def test_what_is_set_beside_other_libraries_runs(

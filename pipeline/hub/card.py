@@ -17,6 +17,8 @@ MARK = "<!-- This card was written by `forebay push`, which writes it anew. With
 MOST_CELL, MOST_ARRAYS = 200, 6
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$:@-])")
+_PLAIN = re.compile(r"[^\w .-]")
+"""What a name loses that is shown by pages which are not ours."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -27,7 +29,7 @@ def card(found: Contents, repository: str) -> str:
     model, name = _model(recipe), repository.rpartition("/")[2]
     about: dict[str, Any] = {
         "library_name": "forebay",
-        "pretty_name": printable(recipe.get("name") or name, most=MOST_CELL),
+        "pretty_name": _PLAIN.sub(" ", str(recipe.get("name") or name)[:MOST_CELL]),
         "tags": ["forebay", "activations", "interpretability", "zarr"],
         "viewer": False,
     }

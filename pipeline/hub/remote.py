@@ -168,7 +168,8 @@ def _said(name: str, revision: str | None, error: BaseException) -> str:
         if isinstance(error, kind):
             return said
     if not isinstance(error, errors.HfHubHTTPError):
-        return f"{name}: {error}" if isinstance(error, ValueError | RuntimeError) else reached
+        answered = isinstance(error, ValueError | RuntimeError | errors.LocalEntryNotFoundError)
+        return f"the hub could not do that for {name}: {error}" if answered else reached
     status = error.response.status_code
     return _STATUS.get(status, "the hub answered {status} about {name}: {error}").format(
         name=name, status=status, error=error.server_message or error, login=LOGIN
