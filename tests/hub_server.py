@@ -253,8 +253,8 @@ def serving() -> Iterator[Hub]:
 
 
 def ask(hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    """Has huggingface_hub ask this hub, as its owner. What HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET say is read
-    once, when the library is imported: it is set where the library keeps it. HF_TOKEN is read each time.
+    """Has huggingface_hub ask this hub, as its owner. What HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET say is
+    read once, when the library is imported: it is set where the library keeps it. HF_TOKEN is read each time.
     """
     from huggingface_hub import constants
 

