@@ -175,13 +175,16 @@ class _Pull:
     def check_folder(self) -> None:
         """The folder is new, or holds this run; and it has room. Fetches the recipe, and nothing else."""
         require_no_links(self.run, self.run / ASIDE, *(self.run / part.path for part in self.parts))
-        for folder, folders, files in os.walk(self.aside):
+        for folder, folders, files in os.walk(self.run / ASIDE):
             require_no_links(self.run, *(Path(folder) / name for name in (*folders, *files)))
+        for other in names(self.run / ASIDE):
+            if other != self.commit.sha:
+                delete_tree(self.run / ASIDE / other)
         self.run.mkdir(parents=True, exist_ok=True)
         recipe = self.run / RECIPE
-        if not recipe.is_file() and (other := [name for name in names(self.run) if name != ASIDE]):
+        if not recipe.is_file() and (others := [name for name in names(self.run) if name != ASIDE]):
             raise FingerprintMismatch(
-                f"{self.run} is not empty and holds no run ({min(other)!r:.99} lies in it). Pull into a new folder"
+                f"{self.run} is not empty and holds no run ({min(others)!r:.99} lies in it). Pull into a new folder"
             )
         left = sum(self.commit.files[part.path].nbytes for part in self.parts if not (self.run / part.path).exists())
         if (free := free_space(self.run)) is not None and left > free:
@@ -189,8 +192,8 @@ class _Pull:
                 f"{self.run} needs {left:,} more bytes, and {free:,} are free. Choose fewer steps, or a larger disk"
             )
         if recipe.is_file() and not self.commit.files[RECIPE].agrees(recipe):
-            own, others = _fingerprints(recipe), _fingerprints(self.fetch(RECIPE))
-            if not own or any(others.get(step) != fingerprint for step, fingerprint in own.items()):
+            own, said = _fingerprints(recipe), _fingerprints(self.fetch(RECIPE))
+            if not own or any(said.get(step) != fingerprint for step, fingerprint in own.items()):
                 raise FingerprintMismatch(
                     f"{self.run} holds another run than {self.there.name} at {self.commit.sha[:12]}, or what that was "
                     "before it grew. Pull into a new folder"
@@ -284,7 +287,8 @@ class _Pull:
 
     @property
     def aside(self) -> Path:
-        return self.run / ASIDE
+        """By commit: what a killed pull of another one left is never taken for this one's."""
+        return self.run / ASIDE / self.commit.sha
 
     def fetch(self, path: str, checked: bool = True) -> Path:
         """Fetches a file aside, durably, and gives it; `checked` against the hub's digest."""

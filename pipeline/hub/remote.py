@@ -5,6 +5,7 @@ talking, so that HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what the
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ class Repository:
 
         with refusals(self.name, revision):
             about = self.api.dataset_info(self.name, revision=revision)
-            if not about.sha:
-                raise HubError(f"{self.name}: the hub names no commit of it. Try again later")
+            if not re.fullmatch(r"[0-9a-f]{40}", about.sha or ""):
+                raise HubError(f"{self.name}: the hub names {about.sha!r:.99} as its commit, which is none")
             tree = self.api.list_repo_tree(self.name, recursive=True, revision=about.sha, repo_type="dataset")
             files = [one for one in tree if isinstance(one, RepoFile)]
         found = {
