@@ -89,9 +89,10 @@ class Repository:
 
         with refusals(self.name, revision):
             about = self.api.dataset_info(self.name, revision=revision)
-            if not re.fullmatch(r"[0-9a-f]{40}", about.sha or ""):
-                raise HubError(f"{self.name}: the hub names {about.sha!r:.99} as its commit, which is none")
-            tree = self.api.list_repo_tree(self.name, recursive=True, revision=about.sha, repo_type="dataset")
+            sha = about.sha or ""
+            if not re.fullmatch(r"[0-9a-f]{40}", sha):
+                raise HubError(f"{self.name}: the hub names {sha!r:.99} as its commit, which is none")
+            tree = self.api.list_repo_tree(self.name, recursive=True, revision=sha, repo_type="dataset")
             files = [one for one in tree if isinstance(one, RepoFile)]
         found = {
             one.path: Listed(one.path, one.size, "sha256", one.lfs.sha256)
@@ -99,7 +100,7 @@ class Repository:
             else Listed(one.path, one.size, "git", one.blob_id)
             for one in files
         }
-        return Commit(about.sha, about.private, found)
+        return Commit(sha, about.private, found)
 
     def fetch(self, commit: Commit, path: str, into: Path) -> Path:
         """Fetches a file into a folder, below which it lies by its path, and gives it; a part of it that a killed
