@@ -85,6 +85,7 @@ def server() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def pushed(run: Path, server: Hub) -> Repo:
     """The repository as one push makes it."""
+    server.forget()
     with pytest.MonkeyPatch.context() as patch:
         ask(server, patch)
         forebay.push_to_hub(run, NAME)
