@@ -51,6 +51,10 @@ class StorageError(ForebayError, OSError):
     """An object store does not answer, refuses, or cannot be reached with the settings there are."""
 
 
+class HubError(ForebayError, OSError):
+    """The Hugging Face hub refuses, lacks what was asked for, or cannot be reached."""
+
+
 class UnsafePath(ForebayError, OSError):
     """A name or a link in a run leads out of the run's folder, and something was to be written or removed there."""
 

@@ -43,9 +43,14 @@ class Ledger:
     def failed_folder(self) -> Place:
         return self.folder / "failed"
 
+    @staticmethod
+    def name(index: int) -> str:
+        """The file of a unit's record, in `done`."""
+        return f"{index:06d}.json"
+
     def path(self, index: int) -> Place:
         """Where the record of a unit stands once it is done."""
-        return self.done_folder / f"{index:06d}.json"
+        return self.done_folder / self.name(index)
 
     def done(self) -> set[int]:
         """Indexes of the finished units: one listing, no file is opened."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from forebay.pipeline.combining import export
     from forebay.pipeline.interchange.activault_files import from_activault
     from forebay.pipeline.interchange.delphi_cache import from_delphi
+    from forebay.pipeline.hub.pull import from_hub
+    from forebay.pipeline.hub.push import push_to_hub
     from forebay.pipeline.interchange.sae_lens_dataset import to_sae_lens
     from forebay.pipeline.interchange.safetensors_files import to_safetensors
     from forebay.pipeline.plan import plan
@@ -178,6 +180,7 @@ _HOMES = {
     "first_appearance": "forebay.stages.analyze.logit_lens",
     "from_activault": "forebay.pipeline.interchange.activault_files",
     "from_delphi": "forebay.pipeline.interchange.delphi_cache",
+    "from_hub": "forebay.pipeline.hub.pull",
     "head_detectors": "forebay.stages.analyze.head_detectors",
     "indirect_effect": "forebay.stages.analyze.causal_tracing",
     "intervention_effect": "forebay.stages.analyze.intervention_effect",
@@ -214,6 +217,7 @@ _HOMES = {
     "position_sweep": "forebay.stages.analyze.position_sweep",
     "probe": "forebay.stages.analyze.probing",
     "project": "forebay.stages.analyze.pca",
+    "push_to_hub": "forebay.pipeline.hub.push",
     "random_repeats": "forebay.stages.analyze.head_detectors",
     "reconstruct": "forebay.stages.analyze.pca",
     "recovery": "forebay.stages.analyze.patching",
@@ -316,6 +320,7 @@ __all__ = [
     "first_appearance",
     "from_activault",
     "from_delphi",
+    "from_hub",
     "head_detectors",
     "indirect_effect",
     "intervention_effect",
@@ -353,6 +358,7 @@ __all__ = [
     "position_sweep",
     "probe",
     "project",
+    "push_to_hub",
     "random_repeats",
     "reconstruct",
     "recovery",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import growth, imports, looks, machine, pages, runs, shapes, upkeep
+from . import growth, imports, looks, machine, pages, runs, shapes, sharing, upkeep
 from .manual import Commands
 
 SECTIONS = {
@@ -12,6 +12,7 @@ SECTIONS = {
     "Look at it": (looks.status, looks.lens, looks.features, pages.report),
     "Keep it": (upkeep.verify, upkeep.repair, shapes.delete),
     "Grow it": (growth.append, shapes.concat, shapes.export),
+    "Share it": (sharing.push, sharing.pull),
     "Models and dictionaries": (looks.hooks, runs.train, runs.index),
     "This machine": (machine.doctor, machine.completion),
 }

@@ -16,7 +16,7 @@ import forebay
 from forebay.pipeline.cli import main
 from forebay.stores.store import Store
 
-JSON_COMMANDS = ["plan", "import", "status", "lens", "features", "verify", "hooks", "doctor"]
+JSON_COMMANDS = ["plan", "import", "status", "lens", "features", "verify", "push", "pull", "hooks", "doctor"]
 
 
 def cli(*arguments: str | Path) -> Result:
