@@ -9,7 +9,7 @@ from .manual import Commands
 
 SECTIONS = {
     "Make a run": (runs.plan, runs.run),
-    "Look at it": (looks.status, looks.lens, looks.features, pages.report),
+    "Look at it": (looks.status, looks.lens, looks.features, pages.report, pages.serve),
     "Keep it": (upkeep.verify, upkeep.repair, shapes.delete),
     "Grow it": (growth.append, shapes.concat, shapes.export),
     "Models and dictionaries": (looks.hooks, runs.train, runs.index),
