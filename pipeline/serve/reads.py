@@ -135,11 +135,12 @@ class Reads:
 
     def lens(self, sequence: int) -> dict[str, Any]:
         """The logit lens of one sequence."""
-        return self._answer(
-            lambda opened, tokens: told(
-                lambda: lens(opened.run, tokens, [_there(opened, sequence)], opened.known)
-            )
-        )  # fmt: skip
+
+        def read(opened: Opened, tokens: TokenSet) -> dict[str, Any]:
+            chosen = [_there(opened, sequence)]
+            return told(lambda: lens(opened.run, tokens, chosen, opened.known))
+
+        return self._answer(read)
 
     def attention(self, sequence: int, layer: int) -> dict[str, Any]:
         """The heads of one layer, by its place among those that are kept, over one sequence."""

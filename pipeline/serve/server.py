@@ -34,6 +34,7 @@ def serve(folder: Place, *, port: int, tokens: int, device: str, fetch: bool, sa
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             own.bind((HOSTS[0], port))
+            own.listen()
         except OSError as error:
             raise SchemaError(
                 f"port {port} cannot be had ({error.strerror}): leave --port out for a free one"
