@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import xarray as xr
 
 from ...stages.accessors import FeaturesAccessor
-from ...stores.errors import nearest
+from ...stores.errors import ForebayError, nearest
 from ...stores.features import Features
 from ...stores.places import Place
 from ...stores.tree import open_run, run_stores
@@ -104,6 +105,15 @@ class Reads:
             "live": True,
             "texts": {},
         }
+
+    def warm(self) -> None:
+        """Opens the run, and loads the libraries that reading takes, before anybody waits for them. Reads no data.
+        What is wrong with the run is told when something of it is asked for.
+        """
+        with suppress(ForebayError, OSError), self._lock:
+            import torch  # noqa: F401  which takes longer than everything else
+
+            self._open()
 
     def overview(self) -> dict[str, Any]:
         """Read anew each time: ledgers and headers, no data."""

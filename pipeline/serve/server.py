@@ -57,6 +57,7 @@ def serve(folder: Place, *, port: int, tokens: int, device: str, fetch: bool, sa
         # The server has handlers of its own while it runs, and afterwards raises what it took once more.
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            reads.warm()
             say(f"http://{HOSTS[0]}:{own.getsockname()[1]}/")
             server.run(sockets=[own])
         finally:
