@@ -163,7 +163,7 @@ def test_a_typed_text_is_read_and_coloured(show: Show) -> None:
     assert page.locator("#features .own-text").count() == 1
     page.click("text=All features")
     playwright.expect(page.locator("#features [role=status]")).to_have_text("1–25 of 10,000")
-    assert page.locator("#features .own-text").count() == 0
+    playwright.expect(page.locator("#features .own-text")).to_have_count(0)
 
 
 def test_what_is_refused_is_told_in_its_place(show: Show) -> None:
