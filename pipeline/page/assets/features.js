@@ -67,6 +67,8 @@ function browser(one) {
     list.replaceChildren(...rows.map((row, n) => el("li", { role: "option", id: `feature-${row.id}`, "aria-selected": String(first + n === chosen), onclick: () => pick(first + n) },
       el("span", {}, `#${row.id}`), el("span", {}, percent(row.rate)), el("span", {}, real(row.values ? Math.max(...row.values) : row.max)))));
     list.hidden = !total;
+    if (searching) search.focus();
+    searching = false;
     const own = rows[chosen - first];
     if (own) list.setAttribute("aria-activedescendant", `feature-${own.id}`);
     count.textContent = total ? `${whole(first + 1)}–${whole(first + rows.length)} of ${whole(total)}` : "Nothing found.";

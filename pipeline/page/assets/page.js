@@ -1,7 +1,7 @@
 // ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const redraws = [];
-let focusSearch = () => {};
+let focusSearch = () => {}, searching = false;
 
 const PARTS = [["overview", "Overview", overview], ["norms", "Norms", norms], ["lens", "Logit lens", lens], ["attention", "Attention", attention], ["features", "Features", features]];
 const tabs = document.getElementById("tabs"), parts = document.getElementById("parts");
@@ -50,6 +50,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   open("features");
   focusSearch();
+  searching = document.activeElement?.type !== "search";  // it is not drawn yet
 });
 
 const theme = document.getElementById("theme"), dark = matchMedia("(prefers-color-scheme: dark)");
