@@ -4,6 +4,9 @@ Importing this module registers the accessor with xarray.
 
 from __future__ import annotations
 
+import ast
+import codecs
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -129,6 +132,58 @@ class Decoder:
         prefix = tokenizer.decode(before, skip_special_tokens=False)
         texts = tokenizer.decode_batch([[*before, *row] for row in rows], skip_special_tokens=False)
         return [text.removeprefix(prefix) for text in texts]
+
+    def alone(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself. Where a token is a part of a character, or bytes that are no UTF-8, these
+        bytes are told: ‹E2 82›. They read as U+FFFD with a tokenizer that does not tell the bytes of its tokens.
+        """
+        tokenizer, _ = _tokenizer(self.path, changed_at(self.path))
+        texts = self([[one] for one in token_ids])
+        return [
+            _spelt(tokenizer.id_to_token(one), text) if "\ufffd" in text else text
+            for one, text in zip(token_ids, texts, strict=True)
+        ]
+
+
+def _spelt(name: str | None, text: str) -> str:
+    """What a token stands for by its name in the vocabulary, bytes that are no text by their numbers; `text` where the
+    name does not tell bytes.
+    """
+    found = token_bytes(name or "")
+    return text if found is None else found.decode(errors=_TOLD)
+
+
+def token_bytes(name: str) -> bytes | None:
+    """The bytes of a token by its name in a vocabulary: `<0xE2>` of byte fallback, `b'…'` of the World tokenizer, or
+    in the alphabet of byte-level vocabularies, which has a character for each byte. None for a name in none of them.
+    """
+    if fallback := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(fallback[1])
+    if re.fullmatch("b'.*'|b\".*\"", name):
+        told = ast.literal_eval(name)
+        return told if isinstance(told, bytes) else None
+    alphabet = _alphabet()
+    return bytes(alphabet[one] for one in name) if name and all(one in alphabet for one in name) else None
+
+
+@lru_cache(maxsize=1)
+def _alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies: printable ones for themselves, the others, in
+    their order, U+0100 and on (Radford et al. 2019, `bytes_to_unicode` of GPT-2).
+    """
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in itself]
+    return {chr(byte): byte for byte in itself} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+def _numbered(error: UnicodeError) -> tuple[str, int]:
+    """A handler of decoding errors: the bytes that are no text, by their numbers."""
+    assert isinstance(error, UnicodeDecodeError)
+    return f"‹{error.object[error.start : error.end].hex(' ').upper()}›", error.end
+
+
+_TOLD = "forebay.bytes"
+codecs.register_error(_TOLD, _numbered)
 
 
 @lru_cache(maxsize=4)

@@ -22,19 +22,20 @@ store_dtype = "bfloat16"
 unit_tokens = 57
 [train.sae]
 hook = "{hook}"
-n_feature = 45
+n_feature = {n_feature}
 k = 4
 batch = 32
-n_batch = 20
+n_batch = {n_batch}
 [encode.sae]
 """
 
 
-def write_run(model: Path, texts: Sequence[str], folder: Path) -> Path:
+def write_run(model: Path, texts: Sequence[str], folder: Path, *, n_feature: int = 45, n_batch: int = 20) -> Path:
     """The run, in `folder`, which is there."""
     lines = (json.dumps({"id": f"doc-{i}", "text": text}) + "\n" for i, text in enumerate(texts))
     (folder / "corpus.jsonl").write_text("".join(lines))
-    (folder / "recipe.toml").write_text(RECIPE.format(model=json.dumps(str(model)), hook=HOOK))
+    filled = RECIPE.format(model=json.dumps(str(model)), hook=HOOK, n_feature=n_feature, n_batch=n_batch)
+    (folder / "recipe.toml").write_text(filled)
     outcome = forebay.run(folder / "recipe.toml", folder / "run", device="cpu")
     assert outcome.code == 0
     return outcome.folder

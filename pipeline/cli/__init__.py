@@ -9,7 +9,7 @@ from .manual import Commands
 
 SECTIONS = {
     "Make a run": (runs.plan, runs.run, imports.import_),
-    "Look at it": (looks.status, looks.lens, looks.features, pages.report),
+    "Look at it": (looks.status, looks.lens, looks.features, pages.report, pages.serve),
     "Keep it": (upkeep.verify, upkeep.repair, shapes.delete),
     "Grow it": (growth.append, shapes.concat, shapes.export),
     "Share it": (sharing.push, sharing.pull),

@@ -8,7 +8,7 @@ import click
 
 from ...stores.places import Place
 from .manual import Command
-from .shared import RUN, refuse
+from .shared import DEVICE, RUN, refuse
 
 
 @click.command(
@@ -47,3 +47,31 @@ def report(run: Place, out: Path, sequences: int, tokens: int, features: int, fe
 
     asked = Report(sequences=sequences, tokens=tokens, features=features, fetch=fetch)
     click.echo(f"Wrote {printable(out)} ({size(write_report(run, out, asked))})")
+
+
+@click.command(
+    cls=Command,
+    short_help="Serve that page live, to this machine, and read texts you type",
+    examples=(
+        "forebay serve runs/smollm2",
+        "forebay serve runs/smollm2 --port 8080 --device cuda",
+    ),
+)
+@RUN
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of 127.0.0.1.  [default: a free one]")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="First tokens, for the norms."
+)
+@DEVICE
+@click.option("--fetch", is_flag=True, help="Look for what is on a hub there: the model, a dictionary.")
+@refuse
+def serve(run: Place, port: int, tokens: int, device: str, fetch: bool) -> None:
+    """Serve the page of RUN on this machine, and print its address: every feature, sequence and layer, each read from
+    the store when it is looked at, and progress while the run goes on.
+
+    Texts typed into the page are run through the run's model, on --device, to show which features fire. Ctrl-C ends
+    it.
+    """
+    from ..serve.server import serve as serve_page
+
+    serve_page(run, port=port, tokens=tokens, device=device, fetch=fetch, say=click.echo)

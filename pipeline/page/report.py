@@ -43,20 +43,21 @@ def report_values(folder: Place, asked: Report) -> dict[str, Any]:
     said = overview(folder)
     run = open_run(folder, partial=True)
     known, tokens = at_hand(folder, run, asked.fetch), TokenSet()
+    chosen = range(min(asked.sequences, run["sequences"].sizes["sequence"]))
     return {
         "name": printable(folder.resolve().name, most=200),
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "forebay": version("forebay"),
         "overview": said,
-        "norms": _told(lambda: norms(folder, run, tokens, asked.tokens)),
-        "lens": _told(lambda: lens(run, tokens, asked.sequences, known)),
-        "attention": _told(lambda: attention(folder, run, tokens, asked.sequences)),
-        "features": _told(lambda: features(run, tokens, asked.features, LogitEffects(known))),
+        "norms": told(lambda: norms(folder, run, tokens, asked.tokens)),
+        "lens": told(lambda: lens(run, tokens, chosen, known)),
+        "attention": told(lambda: attention(folder, run, tokens, chosen)),
+        "features": told(lambda: features(run, tokens, asked.features, LogitEffects(known))),
         "texts": tokens.texts(folder),
     }
 
 
-def _told(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def told(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A part of a page, or what the run lacks for it, such as its tokens."""
     try:
         return part()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,25 @@ MOST_POSITIONS = 128
 """Positions of a sequence that the lens shows."""
 TOP = 5
 """Strongest tokens of a cell."""
+MOST_BEGINNING = 16
+"""Tokens of a sequence by which it is told from others."""
 MOST_QUERIES = 64
 MOST_WEIGHTS = 2**20
 """Attention weights in a page, over all sequences, layers and heads: two bytes each."""
+ALL = slice(None)
 FULL = 65535
 """What stands for a weight of 1."""
 
 
-def lens(run: xr.DataTree, tokens: TokenSet, n_sequence: int, known: AtHand) -> dict[str, Any]:
-    """The logit lens of the first sequences, or why there is none."""
+def lens(run: xr.DataTree, tokens: TokenSet, sequences: Iterable[int], known: AtHand) -> dict[str, Any]:
+    """The logit lens of some sequences, or why there is none."""
     if f"/{CAPTURED}/{LENS}" not in run.groups:
         return absent(f"The run keeps no {LENS}: add blocks.*.{LENS} to its hooks.")
     if known.unembedding is None:
         return absent(f"The lens asks for the model's unembedding: {known.reason}.")
     node = run[f"{CAPTURED}/{LENS}"].to_dataset()
     shown = []
-    for sequence in range(min(n_sequence, run["sequences"].sizes["sequence"])):
+    for sequence in sequences:
         # One position more, so that the last one's next token is known too.
         part = node.sel(sequence=sequence, position=slice(0, MOST_POSITIONS))
         part = part.assign(value=part["value"].where(part["done"].variable))
@@ -58,16 +62,19 @@ def _lens(found: xr.Dataset, sequence: int, tokens: TokenSet) -> dict[str, Any]:
     }
 
 
-def attention(folder: Place, run: xr.DataTree, tokens: TokenSet, n_sequence: int) -> dict[str, Any]:
-    """The attention patterns of the first sequences that are recorded, as many of their first positions as fit; or why
-    there are none.
+def attention(
+    folder: Place, run: xr.DataTree, tokens: TokenSet, sequences: Iterable[int], layers: slice = ALL
+) -> dict[str, Any]:
+    """The attention patterns of those of some sequences that are recorded, as many of their first positions as fit, in
+    all the layers that are kept or the places of some; or why there are none.
     """
     if f"/{CAPTURED}/{PATTERN}" not in run.groups:
         return absent(f"The run keeps no {PATTERN}: add blocks.*.{PATTERN} to its hooks.")
-    node = run[f"{CAPTURED}/{PATTERN}"].to_dataset()
+    whole = run[f"{CAPTURED}/{PATTERN}"].to_dataset()
+    node = whole.isel(layer=layers)
     table = run["sequences"].to_dataset()
     starts, lengths = table["start"].values, table["n_token"].values
-    chosen = [sequence for sequence in range(min(n_sequence, len(starts))) if _recorded(folder, starts[sequence])]
+    chosen = [sequence for sequence in sequences if _recorded(folder, starts[sequence])]
     n_head = node.sizes["layer"] * node.sizes["head"] * max(len(chosen), 1)
     most = int(min(MOST_QUERIES, node.sizes["query"], max(2.0, np.sqrt(2 * MOST_WEIGHTS / n_head) - 1)))
     if "tokens" not in run.children:
@@ -88,7 +95,24 @@ def attention(folder: Place, run: xr.DataTree, tokens: TokenSet, n_sequence: int
         )
     if not shown:
         return absent("None of the sequences that were asked for is recorded yet.")
-    return {"layers": node["layer"].values.tolist(), "heads": node.sizes["head"], "shown": shown}
+    return {"layers": whole["layer"].values.tolist(), "heads": node.sizes["head"], "shown": shown}
+
+
+def sequences(run: xr.DataTree, tokens: TokenSet, chosen: range) -> list[dict[str, Any]]:
+    """Some sequences with the tokens they begin with."""
+    table = run["sequences"].to_dataset().isel(sequence=slice(chosen.start, chosen.stop)).compute()
+    ids = run["tokens"].to_dataset()["token_id"] if "tokens" in run.children else None
+    return [
+        {
+            "sequence": sequence,
+            "document": int(document),
+            "n_token": int(n),
+            "tokens": [] if ids is None else tokens.add(_ids(ids, int(first), min(int(n), MOST_BEGINNING))),
+        }
+        for sequence, document, first, n in zip(
+            chosen, *(table[name].values for name in ("document", "start", "n_token")), strict=True
+        )
+    ]
 
 
 def _recorded(folder: Place, token: int) -> bool:

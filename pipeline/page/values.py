@@ -72,7 +72,9 @@ class TokenSet:
         return listed
 
     def texts(self, folder: Place) -> dict[str, str]:
-        """The text of each token by the run's own tokenizer; none where the run keeps no tokenizer that can be read."""
+        """The text of each token by the run's own tokenizer, parts of characters as their bytes; none where the run
+        keeps no tokenizer that can be read.
+        """
         from ...stages.models.errors import ModelError
         from ...stages.token_text import Decoder
 
@@ -80,7 +82,7 @@ class TokenSet:
         if not wanted or not path.is_file():
             return {}
         try:
-            texts = Decoder(path)([[one] for one in wanted])
+            texts = Decoder(path).alone(wanted)
         except (ModelError, ForebayError):
             return {}
         return {str(id): text[:MOST_TOKEN] for id, text in zip(wanted, texts, strict=True)}

@@ -72,21 +72,21 @@ def load_encodings(encode: Encode, device: str) -> tuple[SiteEncoding, ...]:
     """
     if torch.device(device).type == "cpu":
         keep_freed_memory()  # preactivations are as large in every block
+    return tuple(load_encoding(encode, site, device) for site in encode.sites)
+
+
+def load_encoding(encode: Encode, site: Site, device: str) -> SiteEncoding:
+    """One of them."""
     dtype = getattr(torch, encode.dtype)
-    found = []
-    for site in encode.sites:
-        row_bytes = site.n_feature * dtype.itemsize * COPIES
-        found.append(
-            SiteEncoding(
-                site=site,
-                encoder=site.load(device, dtype),
-                block_rows=max(1, encode.memory // row_bytes),
-                store_dtype=encode.store_dtype,
-                skip_positions=encode.skip_positions,
-                fit_every=encode.fit_every,
-            )
-        )
-    return tuple(found)
+    row_bytes = site.n_feature * dtype.itemsize * COPIES
+    return SiteEncoding(
+        site=site,
+        encoder=site.load(device, dtype),
+        block_rows=max(1, encode.memory // row_bytes),
+        store_dtype=encode.store_dtype,
+        skip_positions=encode.skip_positions,
+        fit_every=encode.fit_every,
+    )
 
 
 def stored_pieces(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -21,9 +22,11 @@ from safetensors.torch import load_file, save_file
 
 import forebay
 from forebay.pipeline.cli import main
+from forebay.pipeline.page.features import details
 from forebay.pipeline.page.page import ASSETS, page
 from forebay.pipeline.page.report import Report, check_out, report_values
-from forebay.pipeline.page.values import as_json, number, table
+from forebay.pipeline.page.values import TokenSet, as_json, number, table
+from forebay.pipeline.report.features import telling
 from forebay.stores.errors import CorruptStore
 
 from ..report_runs import HOOK, write_run
@@ -161,15 +164,34 @@ def context_of(found: Any, token: int) -> int:
     return int(np.flatnonzero(found["token"].values == token)[0])
 
 
-def test_features_that_fire_together_are_counted_at_the_strongest_tokens(values: dict[str, Any], run: Path) -> None:
-    features = forebay.open_run(run).features("sae")
-    dense = features.dense(range(45)).values != 0
+def test_features_that_fire_together_are_counted_where_a_feature_fires(values: dict[str, Any], run: Path) -> None:
+    opened = forebay.open_run(run)
+    features = opened.features("sae")
+    dense = (features.dense(range(45)).values != 0)[opened["activations/hook_resid_post"]["position"].values > 0]
     for told in values["features"]["shown"][0]["features"]:
-        strongest = features.top_contexts(told["id"], n=10, text=False)["token"].values
-        counts = dense[strongest].sum(0)
+        counts = dense[dense[:, told["id"]]].sum(0)
         counts[told["id"]] = 0
         order = sorted(np.flatnonzero(counts).tolist(), key=lambda other: (-counts[other], other))
         assert told["together"] == [[other, int(counts[other])] for other in order[:8]]
+        assert told["together_of"] == told["n_active"]
+
+
+def test_of_a_feature_that_fires_often_the_strongest_tokens_are_counted(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.pipeline.page.features.FIRING", 3)
+    features = forebay.open_run(run).features("sae")
+    dense = features.dense(range(45)).values != 0
+    tokens = TokenSet()
+    chosen = telling(features.statistics().compute(), 20)  # more than are read together
+    for told in details(features, features.statistics(), chosen, tokens):
+        strongest = features.top_contexts(told["id"], n=3, text=False)["token"].values
+        counts = dense[strongest].sum(0)
+        assert told["together_of"] == len(strongest)
+        assert all(counts[other] == count for other, count in told["together"])
+        assert [count for _, count in told["together"]] == sorted(np.delete(counts, told["id"]))[::-1][
+            : len(told["together"])
+        ]
 
 
 def test_logit_effects_are_decoder_rows_through_norm_and_unembedding(
@@ -190,8 +212,12 @@ def test_every_token_that_is_shown_has_its_text(values: dict[str, Any], run: Pat
     ids = {id for one in values["lens"]["shown"] for id in one["tokens"]}
     contexts = [c for f in values["features"]["shown"][0]["features"] for c in f["contexts"]]
     ids |= {id for context in contexts for id in context["tokens"]}
-    decoded = forebay.open_run(run).to_str_tokens(sorted(ids))
-    assert {id: values["texts"][str(id)] for id in sorted(ids)} == dict(zip(sorted(ids), decoded, strict=True))
+    decoded = dict(zip(sorted(ids), forebay.open_run(run).to_str_tokens(sorted(ids)), strict=True))
+    whole = [id for id, text in decoded.items() if "\ufffd" not in text]
+    assert {id: values["texts"][str(id)] for id in whole} == {id: decoded[id] for id in whole}
+    parts = [values["texts"][str(id)] for id in ids.difference(whole)]
+    assert parts
+    assert all(re.fullmatch("‹[0-9A-F]{2}( [0-9A-F]{2})*›", text) for text in parts)
 
 
 # ── what is not there ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -340,12 +366,21 @@ def test_a_page_holds_its_data_and_loads_nothing(values: dict[str, Any]) -> None
 def test_the_script_never_makes_markup_of_data() -> None:
     script = "".join(path.read_text() for path in ASSET_FOLDER.glob("*.js"))
     assert len(script) > 10_000
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "fetch("):
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("):
         assert way not in script
 
 
+def test_only_the_live_page_can_ask_for_anything(values: dict[str, Any]) -> None:
+    asking = ("fetch(", "XMLHttpRequest", "WebSocket", "EventSource", "sendBeacon")
+    assert {path.name for path in ASSET_FOLDER.glob("*.js") if any(way in path.read_text() for way in asking)} == {
+        "live.js"
+    }
+    assert "connect-src" not in page(values)
+    assert not any(way in Parsed(page(values)).inside[2] for way in asking)
+
+
 def test_the_page_itself_is_small() -> None:
-    assert {path.name for path in ASSET_FOLDER.iterdir()} == set(ASSETS)
+    assert {path.name for path in ASSET_FOLDER.iterdir()} == ASSETS
     assert sum(path.stat().st_size for path in ASSET_FOLDER.iterdir()) < 60_000
 
 

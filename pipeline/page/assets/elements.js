@@ -39,6 +39,23 @@ function pairs(table) {
   return el("dl", {}, Object.entries(table).map(([key, value]) => [el("dt", {}, key), el("dd", {}, value)]));
 }
 
+/** What is asked for, drawn into an element: until it comes that it is on its way, and if it does not, why. */
+async function into(held, ask, draw) {
+  const mine = held.asked = (held.asked ?? 0) + 1;
+  const late = setTimeout(() => mine === held.asked && held.replaceChildren(el("p", { class: "quiet wait", "aria-live": "polite" }, "Loading …")), 120);
+  held.setAttribute("aria-busy", "true");
+  let found, wrong = null;
+  try { found = await ask(); } catch (error) { wrong = error; }
+  clearTimeout(late);
+  if (mine !== held.asked) return;
+  held.removeAttribute("aria-busy");
+  const drawn = wrong ? failed(wrong, () => into(held, ask, draw)) : draw(found);
+  held.replaceChildren(...[drawn].flat(Infinity).filter((child) => child !== null && child !== undefined));
+}
+
+const failed = (error, again) => el("div", { class: "failed", role: "alert" },
+  el("p", { class: "bad" }, error.message), el("button", { type: "button", onclick: again }, "Try again"));
+
 const missing = (part) => el("p", { class: "quiet absent" }, part.absent);
 
 // ── numbers and tokens ──────────────────────────────────────────────────────────────────────────────────────────────

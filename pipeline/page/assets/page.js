@@ -1,7 +1,7 @@
 // ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const redraws = [];
-let focusSearch = () => {};
+let focusSearch = () => {}, searching = false;
 
 const PARTS = [["overview", "Overview", overview], ["norms", "Norms", norms], ["lens", "Logit lens", lens], ["attention", "Attention", attention], ["features", "Features", features]];
 const tabs = document.getElementById("tabs"), parts = document.getElementById("parts");
@@ -12,12 +12,19 @@ for (const [key, title] of PARTS) {
   parts.append(el("section", { id: key, role: "tabpanel", "aria-labelledby": `tab-${key}`, hidden: true }));
 }
 
+function draw(key) {
+  if (drawn.has(key)) return;
+  drawn.add(key);
+  into(document.getElementById(key), () => source.part(key), PARTS.find(([name]) => name === key)[2]);
+}
+
+/** What was recorded since is shown when a part is opened again. */
+function stale() {
+  for (const [key] of PARTS) if (key !== "overview" && document.getElementById(key).hidden) drawn.delete(key);
+}
+
 function open(key) {
-  const panel = document.getElementById(key);
-  if (!drawn.has(key)) {
-    drawn.add(key);
-    filled(panel, {}, PARTS.find(([name]) => name === key)[2](report[key]));
-  }
+  draw(key);
   for (const [name] of PARTS) {
     const tab = document.getElementById(`tab-${name}`);
     tab.setAttribute("aria-selected", String(name === key));
@@ -43,6 +50,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   open("features");
   focusSearch();
+  searching = document.activeElement?.type !== "search";  // it is not drawn yet
 });
 
 const theme = document.getElementById("theme"), dark = matchMedia("(prefers-color-scheme: dark)");
@@ -55,11 +63,9 @@ theme.addEventListener("click", () => paint(document.documentElement.dataset.the
 dark.addEventListener("change", () => paint(dark.matches ? "dark" : "light"));
 
 document.getElementById("name").textContent = report.name;
-const state = document.getElementById("state");
-state.textContent = report.overview.complete ? "complete" : "not complete";
-state.classList.add(report.overview.complete ? "good" : "bad");
-document.getElementById("foot").textContent = `Made ${report.made} by forebay ${report.forebay}.`;
+document.getElementById("foot").textContent = `${source.live ? "Opened" : "Made"} ${report.made} by forebay ${report.forebay}.`;
 paint(dark.matches ? "dark" : "light");
+draw("overview");
 const asked = location.hash.slice(1);
 open(PARTS.some(([key]) => key === asked) ? asked : "overview");
 window.addEventListener("hashchange", () => PARTS.some(([key]) => key === location.hash.slice(1)) && open(location.hash.slice(1)));

@@ -1,6 +1,27 @@
 // ── overview ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 function overview(part) {
+  const progress = el("div", {}, progressOf(part));
+  const model = part.steps.map((step) => step.model).find((one) => Object.keys(one).length) ?? {};
+  marked(part);
+  if (source.live && !part.complete) follow((now, error) => {
+    if (error) progress.replaceChildren(failed(error, () => location.reload()));
+    else {
+      progress.replaceChildren(...progressOf(now).flat(Infinity).filter(Boolean));
+      marked(now);
+      stale();
+    }
+  });
+  return [el("h2", {}, "Model"), pairs(model), progress, provenance(part)];
+}
+
+function marked(part) {
+  const state = document.getElementById("state");
+  state.textContent = part.complete ? "complete" : "not complete";
+  state.className = part.complete ? "good" : "bad";
+}
+
+function progressOf(part) {
   const rows = part.steps.map((step) => [
     step.name,
     el("div", { class: step.units_done === step.units ? "bar whole" : "bar" }, el("i", { share: step.units ? step.units_done / step.units : 1 })),
@@ -10,17 +31,20 @@ function overview(part) {
     bytes(step.nbytes),
     step.tokens_per_second === null ? none : whole(step.tokens_per_second),
     step.left === 0 ? "done" : step.left === null ? "?" : duration(step.left)]);
-  const model = part.steps.map((step) => step.model).find((one) => Object.keys(one).length) ?? {};
   const failures = part.steps.flatMap((step) => step.failures.map((one) => [step.name, whole(one.unit), whole(one.attempts), el("span", { class: "code cut" }, ends(one.error))]));
+  const when = source.live ? "" : " when this was made";
   const said = part.steps.flatMap((step) => [
-    step.left === 0 ? null : `${step.name}: ${step.at_work ? `${whole(step.at_work)} at work when this was made` : "nobody was at work when this was made"}.`,
+    step.left === 0 ? null : `${step.name}: ${step.at_work ? `${whole(step.at_work)} at work${when}` : `nobody ${source.live ? "is" : "was"} at work${when}`}.`,
     step.unreadable ? `${step.name}: ${whole(step.unreadable)} records cannot be read; forebay status names them.` : null]);
   return [
-    el("h2", {}, "Model"), pairs(model),
     el("h2", {}, "Steps"),
     grid(["step", "", "#units", "#failed", "#tokens", "#size", "#tokens/s", "#left"], rows),
     said.map((line) => line && el("p", { class: "quiet" }, line)),
-    failures.length ? [el("h2", {}, "Failed units"), grid(["step", "#unit", "#attempts", "error"], failures)] : [],
+    failures.length ? [el("h2", {}, "Failed units"), grid(["step", "#unit", "#attempts", "error"], failures)] : []];
+}
+
+function provenance(part) {
+  return [
     el("h2", {}, "Where it comes from"),
     part.steps.map((step) => el("details", {}, el("summary", {}, step.name),
       el("h3", {}, "Arrays"),

@@ -5,11 +5,11 @@ const nameOf = (one) => `sequence ${one.sequence} (document ${one.document})`;
 function lens(part) {
   if (part.absent) return [missing(part)];
   const held = el("div");
-  const draw = (i) => held.replaceChildren(...lensOf(part.shown[i]));
+  const draw = (i) => into(held, () => source.lens(part, i), (one) => one.absent ? missing(one) : lensOf(one));
   draw(0);
   return [
     el("p", { class: "quiet" }, "What the model would say next if each layer's residual stream were its last. Colour is the probability of the strongest token; underlined is the token that really follows. Arrow keys move."),
-    el("div", { class: "row" }, choice("Text", part.shown.map(nameOf), draw)), held];
+    el("div", { class: "row" }, source.texts(part, draw)), held];
 }
 
 function lensOf(one) {
@@ -65,27 +65,30 @@ function walk(cells) {
 
 function attention(part) {
   if (part.absent) return [missing(part)];
-  const held = el("div");
-  let sequence = 0, layer = 0;
-  const draw = () => held.replaceChildren(...attentionOf(part, part.shown[sequence], layer));
-  redraws.push(draw);
+  const held = el("div"), layers = el("span");
+  let sequence = 0, layer = 0, one = null;
+  const show = () => one === null ? [] : one.absent ? missing(one) : attentionOf(one, layer);
+  const draw = () => into(held, () => source.attention(part, sequence, layer), (found) => {
+    one = { layers: part.layers, ...found };
+    if (!one.absent && !layers.firstChild) layers.append(choice("Layer", one.layers.map(String), (i) => { layer = i; draw(); }));
+    return show();
+  });
+  redraws.push(() => one && held.replaceChildren(...[show()].flat()));
   draw();
   return [
     el("p", { class: "quiet" }, "Each square is a head: a row a query, a column a key, darker where more of the weight lies. Point at a square, or move in it with the arrow keys, to see where a token looks."),
-    el("div", { class: "row" },
-      choice("Text", part.shown.map(nameOf), (i) => { sequence = i; draw(); }),
-      choice("Layer", part.layers.map(String), (i) => { layer = i; draw(); })), held];
+    el("div", { class: "row" }, source.texts(part, (i) => { sequence = i; draw(); }), layers), held];
 }
 
-function attentionOf(part, one, layer) {
+function attentionOf(one, layer) {
   const n = one.tokens.length;
   const detail = el("div", { class: "detail low", "aria-live": "polite" });
   const colour = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
-  const figures = one.weights[layer].map((packed, head) => {
+  const figures = one.weights.map((packed, head) => {
     const raw = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
     const view = new DataView(raw.buffer);
     const weight = (query, key) => key > query ? 0 : view.getUint16(query * (query + 1) + 2 * key, true) / 65535;
-    const canvas = el("canvas", { width: n, height: n, tabindex: 0, role: "img", "aria-label": `Head ${head} of layer ${part.layers[layer]}` });
+    const canvas = el("canvas", { width: n, height: n, tabindex: 0, role: "img", "aria-label": `Head ${head} of layer ${one.layers[layer]}` });
     const context = canvas.getContext("2d"), image = context.createImageData(n, n);
     for (let query = 0; query < n; query += 1) {
       for (let key = 0; key <= query; key += 1) image.data.set([...colour, 255 * Math.sqrt(weight(query, key))], 4 * (query * n + key));

@@ -1,0 +1,1 @@
+"""`forebay serve`: the page of a run, live, on this machine only."""
