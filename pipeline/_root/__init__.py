@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import forebay.stages.plots as plot
     from forebay.pipeline.appending import append
     from forebay.pipeline.combining import export
-    from forebay.pipeline.interchange.activault_files import from_activault
-    from forebay.pipeline.interchange.delphi_cache import from_delphi
     from forebay.pipeline.hub.pull import from_hub
     from forebay.pipeline.hub.push import push_to_hub
+    from forebay.pipeline.interchange.activault_files import from_activault
+    from forebay.pipeline.interchange.delphi_cache import from_delphi
     from forebay.pipeline.interchange.sae_lens_dataset import to_sae_lens
     from forebay.pipeline.interchange.safetensors_files import to_safetensors
     from forebay.pipeline.plan import plan
