@@ -100,7 +100,7 @@ source = "model"
 [tokenize]
 context = 16
 [capture]
-hooks = ["blocks.{0,3,5,7,10,11,12,15}.hook_resid_post"]
+hooks = ["blocks.{0,2,3,5,7,10,11,12,15}.hook_resid_post"]
 store_dtype = "bfloat16"
 unit_tokens = 256
 [train.sae]
