@@ -28,6 +28,7 @@ from forebay.pipeline.recipe import parse, read_recipe
 from forebay.stores.object_paths import ObjectPath
 
 from .docs_pages import ROOT, WRITTEN, Block, all_blocks, blocks, read
+from .hub_server import ask, serving
 from .models.rwkv_models import write_pth
 from .pipeline.foreign_caches import latents, write_activault, write_delphi
 
@@ -56,6 +57,9 @@ REAL_MODEL = {"docs/hooks.md", "docs/models.md"}
 
 NOT_RUN = {
     r"--dask": "starts a cluster: tests/pipeline/test_dask.py",
+    r"^forebay serve ": "serves until it is stopped: tests/pipeline/test_serve.py",
+    r"^forebay pull ada/novels runs/novels( |$)": "a dataset that nobody has pushed: docs/sharing.md",
+    r"^forebay import ": "files of another library: docs/coming-from.md has them in Python",
     r"--rank auto": "takes its number from a launcher: tests/pipeline/test_ranks.py",
     r"--device cuda": "needs a GPU",
     r"\b(HuggingFaceTB|google)/": "asks a model hub",
@@ -156,6 +160,14 @@ def laboratory(tiny_model: Path, texts: list[str], tmp_path_factory: pytest.Temp
     return folder
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is pushed to the hub in a test lies on loopback, and is pulled from there."""
+    with serving() as found:
+        ask(found, monkeypatch)
+        yield
+
+
 def enter(world: Path, folder: Path, text: str) -> None:
     """Lays into a folder what a text speaks of: the models by a link, and a copy of the run by every name of one."""
     for name in ("model", "RWKV-x070-World-0.1B.pth"):
@@ -206,6 +218,8 @@ def python_of(page: str) -> list[str]:
     return [block.text for block in blocks(read(page), page) if block.language == "python"]
 
 
+@pytest.mark.usefixtures("hub")
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 @pytest.mark.parametrize("page", sorted({block.page for block in all_blocks("python")} - {WALKED}))
 def test_python_runs(
     page: str,
@@ -308,6 +322,8 @@ def check_program(program: str, arguments: list[str]) -> None:
         check_options(arguments[arguments.index("forebay") + 1 :])
 
 
+@pytest.mark.usefixtures("hub")
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 @pytest.mark.parametrize("block", [block for block in all_blocks("bash") if block.page != WALKED], ids=str)
 def test_commands_run(block: Block, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = as_here(block.text)
