@@ -279,9 +279,10 @@ def check_options(words: list[str]) -> None:
     """Refuses what `forebay` would refuse, without doing anything."""
     if words[0] in ("--help", "--version"):
         return
-    name, command, rest = main.resolve_command(click.Context(main), words)
+    parent = click.Context(main, info_name="forebay", **main.context_settings)
+    name, command, rest = main.resolve_command(parent, words)
     assert command is not None
-    command.make_context(name, list(rest))
+    command.make_context(name, list(rest), parent=parent)
 
 
 def reason_not_to_run(line: str) -> str | None:
