@@ -6,7 +6,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 import forebay
+
+WINDOWS = pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (400, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(400, "light", marks=pytest.mark.slow),
+    ],
+)
+"""In which a page is looked at."""
 
 HOOK = "blocks.1.hook_resid_post"
 RECIPE = """

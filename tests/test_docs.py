@@ -25,6 +25,7 @@ def test_generated_tables_are_those_of_the_code() -> None:
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 def test_a_table_that_has_drifted_is_noticed(tmp_path: Path) -> None:
     for folder in ("docs", "scripts"):
         shutil.copytree(DOCS.parent / folder, tmp_path / folder)

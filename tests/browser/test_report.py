@@ -12,7 +12,7 @@ import pytest
 from forebay.pipeline.page.page import page as page_of
 from forebay.pipeline.page.report import Report, report_values
 
-from ..report_runs import write_run
+from ..report_runs import WINDOWS, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -72,8 +72,7 @@ def focused(page: Any) -> str:
     return str(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@WINDOWS
 def test_every_part_fits_its_window_in_light_and_dark(show: Show, width: int, scheme: str) -> None:
     page = show(width, scheme)
     assert page.evaluate("document.documentElement.dataset.theme") == scheme

@@ -16,7 +16,7 @@ from forebay.pipeline.serve.app import application
 from forebay.pipeline.serve.reads import Reads
 from forebay.pipeline.serve.typed import Typed
 
-from ..report_runs import write_run
+from ..report_runs import WINDOWS, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -89,8 +89,7 @@ def settled(page: Any, title: str) -> None:
     playwright.expect(page.locator("#features article h2").first).to_have_text(title)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@WINDOWS
 def test_every_part_fits_its_window_in_light_and_dark(show: Show, width: int, scheme: str) -> None:
     page = show(width, scheme)
     for tab in TABS:

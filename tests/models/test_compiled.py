@@ -45,6 +45,7 @@ def assert_equal_but_for_rounding(model: Model, plain: Model, tokens: Tensor, wo
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_blocks_run_compiled_unless_they_are_read_inside(tmp_path: Path, tiny: Model, worst_token: WorstToken) -> None:
     model = forebay.load_model(tmp_path / "tiny", device="cpu", compile=True)
     tokens = torch.arange(22).reshape(2, 11)
