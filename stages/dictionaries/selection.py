@@ -6,7 +6,6 @@ cache holds; 16-bit floats it compares by their bits, which for positive numbers
 depends on neither.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -22,9 +21,10 @@ Ints: TypeAlias = NDArray[np.int64]
 
 ROWS_A_THREAD = 256
 """Fewer are not worth a thread."""
-L2_CACHE = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", {}) else 0
-TILE_BYTES = max(L2_CACHE, 2**20) // 2
-"""Of rows that are gone over more than once before the next ones are: half of a core's own cache."""
+TILE_BYTES = 2**22
+"""Of rows that are gone over more than once before the next ones are: they stay in the cache that cores share. With
+fewer, in their own cache, one thread is as fast and two are slower than one: they wait for Python between calls.
+"""
 BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 """16-bit floats that are compared by their bits, and those of infinity, beyond which there is only NaN."""
 
