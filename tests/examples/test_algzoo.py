@@ -78,6 +78,7 @@ def test_regions_are_trusted_as_far_as_they_are_right_where_they_expect_somethin
     assert confidence > 0.99
 
 
+@pytest.mark.slow
 def test_a_network_that_it_trains_does_better_than_chance(tmp_path: Path) -> None:
     run("--hidden", 2, "--length", 2, "--steps", 150, "--starts", 2, "--output", tmp_path / "out")
     tree = xr.open_datatree(tmp_path / "out/algzoo.zarr", engine="zarr", consolidated=False)

@@ -38,7 +38,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 """What differs from `rwkv_models.SIZES`. The package wants as many channels in all heads as in the stream."""
 LENGTHS = (1, 2, 31, 32, 33, 100)
 """On both sides of where one form of the recurrence ends and another begins, and of its chunks' ends."""
-ALIKE = ("heads of 8", "heads of 32", "heads of 64", "one layer")
+ALIKE = ("heads of 8", "heads of 32", "heads of 64", "one layer", "six layers")
 """The shapes that say least beside the others."""
 EVERY_LENGTH = ("heads of 12", "heads of 64")
 """The shapes that are read at every length. The package takes its time, and the ends of chunks are the same in all."""

@@ -170,6 +170,7 @@ class Heard(Quiet):
         self.texts.append(text)
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_disk_says_so_with_both_rates(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -451,6 +451,7 @@ def test_a_second_signal_stops_at_once_and_the_handlers_are_given_back() -> None
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
 
 
+@pytest.mark.slow
 def test_two_signals_at_once_end_the_process_with_the_same_code(
     make_recipe: MakeRecipe, start_forebay: Start, texts: list[str], tmp_path: Path
 ) -> None:
@@ -489,7 +490,7 @@ def test_runs_at_once_both_end_well_and_never_take_a_recorded_object_away(
     """
     recipe = make_recipe(**SMALL)
     forebay.run(recipe, tmp_path / "alone")
-    for attempt in range(3):
+    for attempt in range(2):
         folder = tmp_path / f"run-{attempt}"
         both = [fork_run(recipe, folder) for _ in range(2)]
         while any(process.is_alive() for process in both):

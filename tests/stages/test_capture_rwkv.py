@@ -157,7 +157,10 @@ def assert_kept(folder: Path, expected: dict[HookPoint, torch.Tensor], store_dty
 # ── bit for bit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("layout", "batch", "store_dtype"), [("packed", 1, "bfloat16"), ("documents", 5, "float32")])
+@pytest.mark.parametrize(
+    ("layout", "batch", "store_dtype"),
+    [("packed", 1, "bfloat16"), pytest.param("documents", 5, "float32", marks=pytest.mark.slow)],
+)
 def test_the_store_holds_what_the_forward_gives_bit_for_bit(
     checkpoint: Path, tmp_path: Path, layout: str, batch: int, store_dtype: str
 ) -> None:
