@@ -62,7 +62,9 @@ const missing = (part) => el("p", { class: "quiet absent" }, part.absent);
 
 const none = "–";
 const whole = (n) => n === null || n === undefined ? none : Math.round(n).toLocaleString("en-US");
-const percent = (p) => p === null ? none : p >= 0.01 ? `${(100 * p).toFixed(1)}%` : p >= 1e-4 ? `${(100 * p).toFixed(3)}%` : p === 0 ? "0%" : `${(100 * p).toExponential(1)}%`;
+/** The first tokens of a sequence that are left out, in words. */
+const leading = (n) => n === 1 ? "the first token" : `the first ${whole(n)} tokens`;
+const percent = (p) => p === null ? none : p >= 0.01 ? `${(100 * p).toFixed(1)}%` : p >= 1e-4 ? `${(100 * p).toFixed(3)}%` : p === 0 ? "0%" : `${Number((100 * p).toPrecision(2))}%`;
 
 function real(x) {
   if (x === null || x === undefined) return none;

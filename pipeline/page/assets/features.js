@@ -18,7 +18,7 @@ function dictionary(one) {
       el("div", {}, el("h2", {}, one.name), pairs({ ...one.about,
         fit: `L0 ${real(one.fit.l0)}, FVU ${real(one.fit.fvu)}, cosine ${real(one.fit.cosine)} (of ${whole(one.n_fit)} tokens)`,
         features: `${whole(one.n_feature)}: ${whole(one.dead)} dead, ${whole(one.dense)} dense (above 10%)`,
-        counted: `${whole(one.n_token)} tokens, the first ${whole(one.skip_positions)} of every sequence left out` })),
+        counted: `${whole(one.n_token)} tokens${one.skip_positions ? `, ${leading(one.skip_positions)} of every sequence left out` : ""}` })),
       el("div", {}, el("h2", {}, "How often features fire"), el("div", { class: "chart" },
         bars("Features by firing rate", counts, (i) => `at ${percent(10 ** edges[i])} to ${percent(10 ** edges[i + 1])} of the tokens`, [percent(10 ** edges[0]), "every token"])))),
     el("h2", {}, source.title(one)),

@@ -19,7 +19,7 @@ function textBox(one, show) {
     try {
       const found = await ask("typed", {}, { dictionary: one.name, text: text.value });
       if (mine !== asked) return;
-      said.textContent = `${whole(found.tokens.length)} tokens; ${found.shown.length ? `the ${whole(found.shown.length)} features that fire strongest` : "no feature fires"}${found.skip_positions ? `, the first ${whole(found.skip_positions)} left out` : ""}.`;
+      said.textContent = `${whole(found.tokens.length)} tokens; ${found.shown.length ? `the ${whole(found.shown.length)} features that fire strongest` : "no feature fires"}${found.skip_positions ? `; ${leading(found.skip_positions)} left out` : ""}.`;
       every.hidden = false;
       show(found);
     } catch (error) {
