@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from .completing import devices
 from .manual import Command
-from .shared import RUN, refuse
+from .shared import JSON, RUN, end, refuse
 
 
 @click.command(
@@ -28,8 +27,9 @@ from .shared import RUN, refuse
     shell_complete=devices,
     help="As in `forebay run`.  [default: the device that the run was made on]",
 )
+@JSON
 @refuse
-def append(run: Path, files: tuple[Path, ...], device: str | None) -> None:
+def append(run: Path, files: tuple[Path, ...], device: str | None, as_json: bool) -> None:
     """Put corpus FILES behind those of RUN and compute what is new: the run grows where it lies.
 
     What it holds then is what its recipe would have made of all files at once. Killed or stopped early (exit code 75),
@@ -38,8 +38,7 @@ def append(run: Path, files: tuple[Path, ...], device: str | None) -> None:
     """
     from ..appending import append as append_files
     from ..progress import progress_for
-    from ..report.tables import console, outcome_text
+    from ..report.tables import console
 
     outcome = append_files(run, files, device=device, progress=progress_for(console(err=True)))
-    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
-    sys.exit(outcome.code)
+    end(outcome, as_json)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from ...stores.places import Place
 from .manual import Command
-from .shared import JSON, RUN, print_json, refuse
+from .shared import JSON, RUN, end, refuse
 
 
 def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
@@ -76,8 +75,7 @@ def import_(
     from ..interchange.activault_files import from_activault
     from ..interchange.delphi_cache import from_delphi
     from ..progress import progress_for
-    from ..report.tables import console, outcome_text
-    from ..report.values import outcome_values
+    from ..report.tables import console
 
     if of != "delphi" and (transcode or skip_positions is not None):
         raise click.UsageError("--transcode and --skip-positions are for --format delphi")
@@ -98,8 +96,4 @@ def import_(
         outcome = from_activault(
             source, run, hooks=chosen, rename=names, model=model, tokenizer=tokenizer, progress=progress
         )
-    if as_json:
-        print_json(outcome_values(outcome))
-    else:
-        console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
-    sys.exit(outcome.code)
+    end(outcome, as_json)

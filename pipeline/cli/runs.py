@@ -11,7 +11,7 @@ import click
 from ..exit_codes import INTERRUPTED
 from .completing import dictionaries, trained
 from .manual import Command
-from .shared import DEVICE, JSON, RECIPE, RUN, TO, PlaceType, print_json, refuse
+from .shared import DEVICE, JSON, RECIPE, RUN, TO, PlaceType, end, print_json, refuse
 
 if TYPE_CHECKING:
     from ...stores.places import Place
@@ -187,8 +187,17 @@ def _forecast(
 @click.option("--rank", help="Which of several processes this is, from 0; auto: as Slurm, torchrun or mpirun say.")
 @click.option("--world", type=int, help="How many processes there are; may be another number at every restart.")
 @click.option("--dask", help="Workers: local:N, a scheduler's tcp://…, slurm:N, pbs:N, lsf:N, kubernetes:N.")
+@JSON
 @refuse
-def run(recipe: Path, to: Path | None, device: str, rank: str | None, world: int | None, dask: str | None) -> None:
+def run(
+    recipe: Path,
+    to: Path | None,
+    device: str,
+    rank: str | None,
+    world: int | None,
+    dask: str | None,
+    as_json: bool,
+) -> None:
     """Run RECIPE, or go on where an earlier run of it stopped.
 
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop cleanly. Exit codes: 0 complete, 75 stopped early (run again), 1
@@ -196,13 +205,12 @@ def run(recipe: Path, to: Path | None, device: str, rank: str | None, world: int
     """
     from ..executors import executor_for
     from ..progress import progress_for
-    from ..report.tables import console, outcome_text
+    from ..report.tables import console
     from ..run import run as run_recipe
 
     executor = executor_for(dask=dask, rank=rank, world=world)
     outcome = run_recipe(recipe, to, device=device, progress=progress_for(console(err=True)), executor=executor)
-    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
-    sys.exit(outcome.code)
+    end(outcome, as_json)
 
 
 @click.command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -11,7 +10,7 @@ from ...stores.places import Place
 from .completing import hooks as kept_hooks
 from .completing import parts, step_list
 from .manual import Command
-from .shared import RUN, PlaceType, refuse
+from .shared import JSON, RUN, PlaceType, end, refuse
 
 STEPS = click.option(
     "--steps", shell_complete=step_list, help="Only these steps, as in tokens,activations.  [default: all]"
@@ -29,8 +28,9 @@ STEPS = click.option(
 @click.argument("out", type=PlaceType())
 @click.argument("runs", type=PlaceType(), nargs=-1, required=True)
 @STEPS
+@JSON
 @refuse
-def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
+def concat(out: Place, runs: tuple[Place, ...], steps: str | None, as_json: bool) -> None:
     """Write RUNS end to end as one run in OUT, or go on with it. Sequences and documents are numbered through.
 
     Runs of other hook points, layers, models, tokenizers or dtypes are refused by name. Everything that is read is
@@ -38,12 +38,11 @@ def concat(out: Place, runs: tuple[Place, ...], steps: str | None) -> None:
     """
     from ..combining import export as write
     from ..progress import progress_for
-    from ..report.tables import console, outcome_text
+    from ..report.tables import console
 
     chosen = steps.split(",") if steps is not None else None
     outcome = write(runs, out, steps=chosen, progress=progress_for(console(err=True)))
-    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
-    sys.exit(outcome.code)
+    end(outcome, as_json)
 
 
 def _as_safetensors(run: Place, out: Place, hooks: tuple[str, ...]) -> None:
@@ -103,6 +102,7 @@ _EXPORTS = {"safetensors": _as_safetensors, "sae-lens": _as_sae_lens}
     show_default=True,
     help="safetensors: the activations alone, of all tokens; sae-lens: as the dataset on which SAELens trains.",
 )
+@JSON
 @refuse
 def export(
     run: Place,
@@ -113,6 +113,7 @@ def export(
     documents: str | None,
     tokens: str | None,
     to: str,
+    as_json: bool,
 ) -> None:
     """Write a part of RUN as a run of its own in OUT, or go on with it; or its activations in another format.
 
@@ -122,12 +123,14 @@ def export(
     from ..combining import export as write
     from ..combining import parse_layers, parse_range
     from ..progress import progress_for
-    from ..report.tables import console, outcome_text
+    from ..report.tables import console
 
     if to != "run":
         choices = {"steps": steps, "layers": layers, "documents": documents, "tokens": tokens}
         if given := [name for name, value in choices.items() if value is not None]:
             raise click.UsageError(f"--{given[0]} chooses what a run has: export that as a run, and then the run")
+        if as_json:
+            raise click.UsageError("--json tells of a run that is written: leave it out with other formats")
         _EXPORTS[to](run, out, hooks)
         return
     outcome = write(
@@ -140,8 +143,7 @@ def export(
         tokens=parse_range(tokens, "tokens") if tokens is not None else None,
         progress=progress_for(console(err=True)),
     )
-    console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
-    sys.exit(outcome.code)
+    end(outcome, as_json)
 
 
 @click.command(

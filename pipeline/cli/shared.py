@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -20,6 +20,7 @@ from .completing import devices
 
 if TYPE_CHECKING:
     from ...stores.store import Store
+    from ..run import Outcome
 
 
 class PlaceType(click.ParamType):  # type: ignore[type-arg]
@@ -101,6 +102,18 @@ def refuse(command: Callable[P, R]) -> Callable[P, R]:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object to standard output. It is ASCII, so that nothing in it steers a terminal; numbers are finite."""
     click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def end(outcome: Outcome, as_json: bool) -> NoReturn:
+    """Says what a call has done, as a text or as one JSON object, and ends the process with its code."""
+    from ..report.tables import console, outcome_text
+    from ..report.values import outcome_values
+
+    if as_json:
+        print_json(outcome_values(outcome))
+    else:
+        console().print(outcome_text(outcome), highlight=False, markup=False, soft_wrap=True)
+    sys.exit(outcome.code)
 
 
 def stores_of(run: Place) -> list[Store]:

@@ -39,7 +39,7 @@ def hooks_values(model: str, spec: ModelSpec, patterns: Sequence[str]) -> dict[s
 
 def outcome_values(outcome: Outcome) -> dict[str, Any]:
     """What a call has done: whether the run is `complete`, and of each step the tokens in all (`n_token`), computed now
-    (`tokens`) and `left`, bytes written and `seconds`.
+    (`tokens`) and `left`, how many units have `failed`, bytes written and `seconds`.
     """
     steps = [
         {
@@ -47,6 +47,7 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
             "n_token": step.n_token,
             "tokens": step.tokens,
             "left": step.left,
+            "failed": len(step.failed),
             "nbytes": step.nbytes,
             "seconds": _number(step.seconds),
         }

@@ -15,8 +15,10 @@ from click.testing import CliRunner, Result
 import forebay
 from forebay.pipeline.cli import main
 from forebay.stores.store import Store
+from forebay.stores.tree import run_stores
 
-JSON_COMMANDS = ["plan", "import", "status", "lens", "features", "verify", "push", "pull", "hooks", "doctor"]
+JSON_COMMANDS = ["plan", "run", "append", "concat", "export", "import", "status", "lens", "features", "verify"]
+JSON_COMMANDS += ["push", "pull", "hooks", "doctor"]
 
 
 def cli(*arguments: str | Path) -> Result:
@@ -70,6 +72,24 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, texts: list[
 def test_the_commands_that_a_script_asks_have_the_option() -> None:
     having = [command.name for command in main.each() if any("--json" in one.opts for one in command.params)]
     assert sorted(map(str, having)) == sorted(JSON_COMMANDS)
+
+
+def test_commands_that_write_a_run_tell_what_they_did(run: Path, tmp_path: Path) -> None:
+    again = values("run", run.parent / "recipe.toml", "--to", run, "--device", "cpu")
+    assert again["complete"] is True
+    assert {step["name"] for step in again["steps"]} == {"tokens", "activations", "features-sae"}
+    assert [(step["tokens"], step["left"], step["failed"]) for step in again["steps"]] == [(0, 0, 0)] * 3
+    part = values("export", run, tmp_path / "part", "--steps", "tokens,activations", "--documents", "0:1")
+    whole = values("concat", tmp_path / "whole", tmp_path / "part", run, "--steps", "tokens,activations")
+    for found, folder in ((part, tmp_path / "part"), (whole, tmp_path / "whole")):
+        assert found["run"] == str(folder)
+        assert [(step["name"], step["tokens"]) for step in found["steps"]] == [
+            (store.name, store.schema.n_token) for store in run_stores(folder)
+        ]
+        assert all(step["nbytes"] > 0 for step in found["steps"])
+    code = cli("export", run, tmp_path / "files", "--format", "safetensors", "--json")
+    assert code.exit_code == 2
+    assert "--json tells of a run that is written" in code.output
 
 
 def test_hooks_are_those_of_the_model_with_dims_and_shapes(tiny_model: Path) -> None:
