@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from forebay.stores.errors import CorruptStore
 
 from ..report_runs import HOOK, write_run
 
-ASSET_FOLDER = Path(__file__).parents[2] / "pipeline" / "page" / "assets"
+ASSET_FOLDER = Path(str(resources.files("forebay.pipeline.page"))) / "assets"
 
 
 @pytest.fixture(scope="module")
