@@ -20,6 +20,7 @@ from forebay.stores.store import Store
 
 from .feature_stores import every_file, random_sparse, write_features
 
+PHASES = ("sorting", "merging")
 SPARSE = random_sparse(6, 61, (40,) * 12 + (7,), most=12, levels=5)
 GEOMETRY = Geometry(run=150, chunk=16, shard=128)
 KILLS = 20
@@ -73,7 +74,8 @@ def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_pa
     n_run = len(build.spans)
     n_record = n_run + sum(key.startswith("token/") for key in expected)
     kills, phases, begun = 0, list[str](), False
-    while kills < KILLS:
+    # On a machine that is busy nearly all moments may fall into one phase: it goes on until it has seen both.
+    while kills < KILLS or (min(map(phases.count, PHASES)) < 2 and kills < 5 * KILLS):
         other = chance.random() < 0.3  # settings were changed, and will be changed back: what was begun is of no use
         process = start(store.path.parent, 2 if other else 1)
         there = sum(records(build))
@@ -104,4 +106,4 @@ def test_killed_twenty_times_at_random_moments(start: Callable[..., Any], tmp_pa
     leftovers = (".partial", ".tmp", ".data.zarr.")
     assert not [path for path in store.path.parent.rglob("*") if any(mark in path.name for mark in leftovers)]
     # Else the kills came before the first run or after the last object, and show nothing.
-    assert min(phases.count("sorting"), phases.count("merging")) >= 2, phases
+    assert min(map(phases.count, PHASES)) >= 2, phases
