@@ -20,6 +20,10 @@ WINDOWS = pytest.mark.parametrize(
     ],
 )
 """In which a page is looked at."""
+TABS = ("overview", "norms", "lens", "attention", "features")
+"""The parts of a page."""
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+"""A text that would be markup if it could."""
 
 HOOK = "blocks.1.hook_resid_post"
 RECIPE = """

@@ -171,9 +171,8 @@ class Reads:
 
         def read(opened: Opened, tokens: TokenSet) -> dict[str, Any]:
             found = opened.dictionary(name)
-            made = opened.once(
-                ("about", name, found.index.made), lambda: about(found, opened.statistics(found))
-            )  # fmt: skip
+            key = ("about", name, found.index.made)
+            made = opened.once(key, lambda: about(found, opened.statistics(found)))
             return {"name": name, **made, "searched": "numbers and texts" if searchable(found) else "numbers"}
 
         return self._answer(read)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,12 @@ import pytest
 from forebay.pipeline.page.page import page as page_of
 from forebay.pipeline.page.report import Report, report_values
 
-from ..report_runs import WINDOWS, write_run
+from ..report_runs import HOSTILE, TABS, WINDOWS, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TABS = ("overview", "norms", "lens", "attention", "features")
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 Show = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"there is no {', '.join(BROWSERS)} to open the page in")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=found)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
@@ -16,27 +15,13 @@ from forebay.pipeline.serve.app import application
 from forebay.pipeline.serve.reads import Reads
 from forebay.pipeline.serve.typed import Typed
 
-from ..report_runs import WINDOWS, write_run
+from ..report_runs import HOSTILE, TABS, WINDOWS, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TABS = ("overview", "norms", "lens", "attention", "features")
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 N_FEATURE = 10_000
 
 Show = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"there is no {', '.join(BROWSERS)} to open the page in")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=found)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

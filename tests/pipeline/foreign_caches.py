@@ -1,4 +1,6 @@
-"""Files as delphi and activault lay them out, written from what is known of their formats and from nothing of ours."""
+"""Files as delphi and activault lay them out, written from what is known of their formats and from nothing of ours; and
+a call that ends before they are read.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+
+from forebay.pipeline.progress import Quiet
+from forebay.stores.grid import Unit
+from forebay.stores.ledger import Record
+
+
+class Ending(Quiet):
+    """Ends the call when so many units are recorded."""
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+
+    def recorded(self, unit: Unit, record: Record) -> None:
+        self.units -= 1
+        if not self.units:
+            raise KeyboardInterrupt
 
 
 def latents(shape: tuple[int, int, int], seed: int = 0, dead: Sequence[int] = ()) -> NDArray[np.float16]:

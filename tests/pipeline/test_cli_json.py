@@ -17,6 +17,8 @@ from forebay.pipeline.cli import main
 from forebay.stores.store import Store
 from forebay.stores.tree import run_stores
 
+from .trained_runs import train_run
+
 JSON_COMMANDS = ["plan", "run", "append", "concat", "export", "import", "status", "lens", "features", "verify"]
 JSON_COMMANDS += ["push", "pull", "hooks", "doctor"]
 
@@ -45,28 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, texts: list[
     folder = tmp_path_factory.mktemp("json")
     lines = [json.dumps({"id": f"doc-{i}", "text": text}) for i, text in enumerate([*texts, "\x1b[31mred \u202e"])]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    (folder / "recipe.toml").write_text(
-        f"""
-        [corpus]
-        files = ["corpus.jsonl"]
-        [model]
-        source = "{tiny_model}"
-        [tokenize]
-        context = 16
-        [capture]
-        hooks = ["blocks.[0-1].hook_resid_post"]
-        unit_tokens = 64
-        [train.sae]
-        hook = "blocks.1.hook_resid_post"
-        n_feature = 30
-        k = 4
-        batch = 64
-        n_batch = 5
-        [encode.sae]
-        """
-    )
-    assert forebay.run(folder / "recipe.toml", folder / "run", device="cpu").code == 0
-    return folder / "run"
+    return train_run(folder, tiny_model, unit_tokens=64)
 
 
 def test_the_commands_that_a_script_asks_have_the_option() -> None:

@@ -30,6 +30,7 @@ from forebay.stores.errors import (
 
 from ..hub_server import OWNER_TOKEN, Hub, Repo, ask, serving
 from ..stored import data
+from .trained_runs import train_run
 
 NAME = "ada/novels"
 
@@ -44,28 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, texts: l
     (folder / "corpus.jsonl").write_text(
         "".join(json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(texts))
     )
-    (folder / "recipe.toml").write_text(
-        f"""
-        [corpus]
-        files = ["corpus.jsonl"]
-        [model]
-        source = "{tiny_model}"
-        [tokenize]
-        context = 16
-        [capture]
-        hooks = ["blocks.[0-1].hook_resid_post"]
-        unit_tokens = 256
-        [train.sae]
-        hook = "blocks.1.hook_resid_post"
-        n_feature = 30
-        k = 4
-        batch = 64
-        n_batch = 5
-        [encode.sae]
-        """
-    )
-    assert forebay.run(folder / "recipe.toml", folder / "run", device="cpu").code == 0
-    return folder / "run"
+    return train_run(folder, tiny_model, unit_tokens=256)
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,12 @@ from click.testing import CliRunner
 import forebay
 from forebay.pipeline.audit import audit
 from forebay.pipeline.cli import main
-from forebay.pipeline.progress import Quiet
 from forebay.stages.models.errors import HookError
 from forebay.stores.errors import FingerprintMismatch, SchemaError
-from forebay.stores.grid import Unit
-from forebay.stores.ledger import Record
 from forebay.stores.store import Store
 
 from ..stored import data
-from .foreign_caches import uuid, write_activault
+from .foreign_caches import Ending, uuid, write_activault
 
 ROWS, CONTEXT, WIDTH = (3, 0, 2, 1), 5, 6
 """Sequences of each file: the last one is shorter, one holds nothing."""
@@ -128,18 +125,6 @@ def test_one_sequence_of_one_token_is_a_run(tmp_path: Path) -> None:
     found = forebay.open_run(tmp_path / "run")["activations/mlp.hook_out/value"]
     assert found.values.tolist() == [[[0.0, 1.0, 2.0]]]
     assert found.token_id.values.tolist() == [7]
-
-
-class Ending(Quiet):
-    """Ends the call when so many units are recorded."""
-
-    def __init__(self, units: int) -> None:
-        self.units = units
-
-    def recorded(self, unit: Unit, record: Record) -> None:
-        self.units -= 1
-        if not self.units:
-            raise KeyboardInterrupt
 
 
 def test_an_import_that_ended_goes_on_to_the_same_bytes(

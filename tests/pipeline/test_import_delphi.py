@@ -19,16 +19,13 @@ import forebay
 from forebay.pipeline.audit import audit
 from forebay.pipeline.cli import main
 from forebay.pipeline.executors.units import run_unit
-from forebay.pipeline.progress import Quiet
 from forebay.pipeline.recompute import recompute
 from forebay.stages.models.errors import HookError
 from forebay.stores.errors import FingerprintMismatch, ForebayError, RecipeError, SchemaError
-from forebay.stores.grid import Unit
-from forebay.stores.ledger import Record
 from forebay.stores.store import Store
 
 from ..stored import data
-from .foreign_caches import latents, write_delphi
+from .foreign_caches import Ending, latents, write_delphi
 
 TOKENS = np.random.default_rng(7).integers(0, 300, (7, 5))
 MLP, BLOCK = "layers.1.mlp", "model.layers.2"
@@ -159,18 +156,6 @@ def test_a_cache_in_which_nothing_fires_is_a_run(tmp_path: Path) -> None:
 
 
 # ── killed ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Ending(Quiet):
-    """Ends the call when so many units are recorded."""
-
-    def __init__(self, units: int) -> None:
-        self.units = units
-
-    def recorded(self, unit: Unit, record: Record) -> None:
-        self.units -= 1
-        if not self.units:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("units", [1, 6])
