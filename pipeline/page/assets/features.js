@@ -38,7 +38,7 @@ function browser(one) {
   const heading = el("div", { class: "heading" }, el("span", {}, "feature"), el("span", {}, "fires at"), el("span", {}, "up to"));
   const card = el("article");
 
-  const find = () => load(0, 0);
+  const find = () => load(0);
   /** Loads the page that holds a place in the list, and chooses that place. */
   async function load(at) {
     const mine = asked += 1, from = PAGE * Math.floor(Math.max(0, at) / PAGE);
