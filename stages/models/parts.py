@@ -11,6 +11,7 @@ Which of them a model goes through, and how, is read from its `ModelSpec` alone:
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def block(x_BTD: Tensor, w: BlockNorms, spec: ModelSpec, at: At, first: Branch, 
         attn_BTD = attn_BTD * spec.residual_scale
     if "hook_attn_out" in at:
         attn_BTD = at["hook_attn_out"](attn_BTD)
-    mid_BTD = x_BTD + attn_BTD
+    mid_BTD = _added(x_BTD, attn_BTD, at)
     if "hook_resid_mid" in at:
         mid_BTD = at["hook_resid_mid"](mid_BTD)
     if not spec.shared_norm:
@@ -97,7 +98,17 @@ def block(x_BTD: Tensor, w: BlockNorms, spec: ModelSpec, at: At, first: Branch, 
         mlp_BTD = mlp_BTD * spec.residual_scale
     if "hook_mlp_out" in at:
         mlp_BTD = at["hook_mlp_out"](mlp_BTD)
-    x_BTD = mid_BTD + mlp_BTD
+    x_BTD = _added(mid_BTD, mlp_BTD, at)
     if "hook_resid_post" in at:
         x_BTD = at["hook_resid_post"](x_BTD)
     return x_BTD
+
+
+_STREAM = frozenset({"hook_resid_pre", "hook_resid_mid", "hook_resid_post"})
+
+
+def _added(stream_BTD: Tensor, branch_BTD: Tensor, at: At) -> Tensor:
+    """Their sum; in the place of what the branch gave where nobody else can hold that."""
+    if torch.is_grad_enabled() or not at.keys() <= _STREAM:
+        return stream_BTD + branch_BTD
+    return branch_BTD.add_(stream_BTD)
