@@ -39,6 +39,13 @@ def flops(model: Model, n_rows: int) -> int:
     )
 
 
+def attention_flops(model: Model, n_sequences: int, n_positions: int) -> int:
+    """Multiplications and additions of scores and of what they weigh, of all pairs of positions, hidden ones too.
+    Source: Chowdhery et al. 2022 (PaLM), appendix B, the forward's third."""
+    spec = model.spec
+    return 4 * spec.n_layers * n_sequences * n_positions**2 * spec.n_heads * spec.d_head
+
+
 def raw_bytes(path: Path, n_bytes: int) -> None:
     """Write so many bytes to a new file, 4 MiB at a time out of the same memory, and flush them."""
     piece = memoryview(_PIECE)

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
+from rich.console import Console
 
 from forebay.pipeline.executors.this_process import run_step
 from forebay.pipeline.plan import Plan, make_plan
@@ -66,10 +67,14 @@ def forward(settings: Settings, folder: Path) -> Tables:
     }
     goals = (Goal(BARE, TRANSFORMERS, 1.1), Goal("forebay, with logits", "transformers, with logits", 1.1))
     rates = compare(settings, variants, settings.n_token, goals=goals, ceiling=PRODUCTS)
+    linear = ceilings.flops(model, n_rows)
+    every = 1 + ceilings.attention_flops(model, settings.batch, settings.context) / linear
     for row in rates:
         if row.get("variant") == PRODUCTS:
-            rate = float(str(row["tokens_per_second"]))
-            row["gflops"] = rate * ceilings.flops(model, 1) / 1e9
+            row["gflops"] = float(str(row["tokens_per_second"])) * linear / n_rows / 1e9
+        elif "of_ceiling" in row and "with logits" not in str(row["variant"]):
+            row["mfu"] = float(str(row["of_ceiling"])) * every
+            Console().print(f"MFU with attention's products, {row['variant']}: {row['mfu']:.2f}")
     return {"forward": rates}
 
 
