@@ -410,6 +410,16 @@ def test_files_damaged_anywhere_are_read_or_refused_and_nothing_else(name: str, 
     damaged()
 
 
+@pytest.mark.parametrize("read", [npz_headers, read_npz])
+def test_arrays_that_would_begin_before_the_file_are_refused(read: Callable[[Path], object], tmp_path: Path) -> None:
+    """The directory of an archive says how far from its start it lies: 512 bytes further here."""
+    whole, path = an_npz(), tmp_path / "x.npz"
+    offset = len(whole) - 6
+    path.write_bytes(whole[: offset + 1] + bytes([whole[offset + 1] + 2]) + whole[offset + 2 :])
+    with pytest.raises(DictionaryError, match=r"x\.npz is no \.npz file"):
+        read(path)
+
+
 # ── templates and tokenizers ─────────────────────────────────────────────────────────────────────────────────────────
 
 TEMPLATES = {

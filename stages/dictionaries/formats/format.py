@@ -144,6 +144,8 @@ def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     """ValueError unless an array, by its header, takes the bytes that are there: numpy makes room for it at once."""
     from numpy.lib import format as npy
 
+    if entry.header_offset < 0:
+        raise ValueError(f"{entry.filename} would begin {-entry.header_offset} bytes before the file")
     with archive.open(entry) as file:
         read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read_header(file)
