@@ -85,26 +85,23 @@ def _turned(
     taps."""
     heads, keys = spec.n_heads, spec.n_kv_heads
     q_BTHE, k_BTKE, v_BTKE = torch.split(fused_BTHE, [heads, keys, keys], -2)
-    if w.q_norm is None and sight.rotation is not None and not at.keys() & _BEFORE_TURNING:
+    if w.q_norm is None and sight.rotation is not None and not at.keys() & _QUERIES_AND_KEYS:
         # All heads at once: half as many passes.
         q_BTHE, k_BTKE = rotate(fused_BTHE[:, :, : heads + keys], sight.rotation).split([heads, keys], -2)
     else:
         q_BTHE, k_BTKE = _apart(q_BTHE, k_BTKE, w, spec, sight, at)
     if "attn.hook_v" in at:
         v_BTKE = at["attn.hook_v"](v_BTKE)
-    if "attn.hook_rot_q" in at:
-        q_BTHE = at["attn.hook_rot_q"](q_BTHE)
-    if "attn.hook_rot_k" in at:
-        k_BTKE = at["attn.hook_rot_k"](k_BTKE)
     return q_BTHE, k_BTKE, v_BTKE
 
 
-_BEFORE_TURNING = frozenset({"attn.hook_q", "attn.hook_k"})
+_QUERIES_AND_KEYS = frozenset({"attn.hook_q", "attn.hook_k", "attn.hook_rot_q", "attn.hook_rot_k"})
 
 
 def _apart(
     q_BTHE: Tensor, k_BTKE: Tensor, w: BlockWeights, spec: ModelSpec, sight: Sight, at: At
 ) -> tuple[Tensor, Tensor]:
+    """Queries and keys each by themselves, with the same bits: where they are normalised, or one is looked at."""
     if "attn.hook_q" in at:
         q_BTHE = at["attn.hook_q"](q_BTHE)
     if "attn.hook_k" in at:
@@ -116,6 +113,10 @@ def _apart(
         k_BTKE = normalize(k, w.k_norm, spec).view(k_BTKE.shape)
     if sight.rotation is not None:
         q_BTHE, k_BTKE = rotate(q_BTHE, sight.rotation), rotate(k_BTKE, sight.rotation)
+    if "attn.hook_rot_q" in at:
+        q_BTHE = at["attn.hook_rot_q"](q_BTHE)
+    if "attn.hook_rot_k" in at:
+        k_BTKE = at["attn.hook_rot_k"](k_BTKE)
     return q_BTHE, k_BTKE
 
 
