@@ -155,7 +155,7 @@ def test_a_device_is_busy_where_at_least_one_kernel_runs(spans: list[tuple[float
 def test_random_models_of_any_size_are_measured(script: Script, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = "--only shapes --shapes tiny --batch 2 --context 12 --batches 1 --rounds 1 --device cpu --json"
-    chosen = ("transformers, no logits", "forebay, no logits", "handwritten: all", "forebay: all")  # none compiled
+    chosen = ("transformers, no logits", "forebay, no logits", "handwritten: all", "forebay: all", "encoded behind")
     variants = (word for name in chosen for word in ("--variant", name))
     found = CliRunner().invoke(script("bench").main, [*options.split(), str(out), *variants])
     assert found.exit_code == 0, found.output
@@ -166,6 +166,7 @@ def test_random_models_of_any_size_are_measured(script: Script, tmp_path: Path) 
     )
     assert {"transformers, no logits", "forebay, no logits"} <= of_forward
     assert {"handwritten: all layers to disk", "forebay: all layers to disk"} <= of_capture
+    assert sum("encoded behind the forward" in variant for variant in of_capture) == 1
 
 
 def test_a_peer_that_cannot_do_a_variant_says_why_and_does_the_rest(

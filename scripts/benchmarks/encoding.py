@@ -61,8 +61,8 @@ CASES = (
 PRODUCT = "the encoder's matrix product, float32"
 
 
-def dictionary_of(case: Case) -> Dictionary:
-    """A random dictionary whose preactivations of unit-normal inputs are unit-normal too."""
+def dictionary_of(case: Case, hook: str = HOOK) -> Dictionary:
+    """A random dictionary of a hook point whose preactivations of unit-normal inputs are unit-normal too."""
     generator = torch.Generator().manual_seed(0)
     W_enc = torch.randn(case.d_in, case.n_feature, generator=generator) / case.d_in**0.5
     threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - case.k / case.n_feature))
@@ -77,8 +77,8 @@ def dictionary_of(case: Case) -> Dictionary:
             k=case.k if case.kind == "topk" else None,
             threshold=thresholds[case.kind],
         ),
-        hook=HOOK,
-        hook_out=HOOK,
+        hook=hook,
+        hook_out=hook,
         provenance=Provenance(source="random", format="none"),
     )
 

@@ -18,11 +18,12 @@ from forebay.pipeline.executors.this_process import run_step
 from forebay.pipeline.plan import Plan, make_plan
 from forebay.pipeline.progress import Quiet
 from forebay.pipeline.recipe import parse
+from forebay.stages.dictionaries.save import save_dictionary
 from forebay.stages.models import load
 from forebay.stages.models.model import Model
 from forebay.stages.models.taps import HookSpec
 
-from . import ceilings, rivals
+from . import ceilings, encoding, rivals
 from .measuring import Goal, Measurement, Settings, Tables, compare, timed
 
 NOVELS = Path(__file__).resolve().parents[2] / "docs" / "examples" / "novels.jsonl"
@@ -30,6 +31,8 @@ TRANSFORMERS = "transformers, no logits"
 BARE = "forebay, no logits"
 COMPILED = "forebay compiled, no logits"
 PRODUCTS = "the products of its layers alone"
+FEATURES = (16_384, 32, "topk")
+"""Of the dictionary that encodes behind a forward: how many, how many at a token, how they are chosen."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def captures(settings: Settings, folder: Path) -> tuple[dict[str, Measurement], 
     one, three = Layers(chosen[len(chosen) // 2 :][:1], n), Layers(chosen, n)
     last, every = Layers((*chosen[:-1], n - 1), n), Layers(tuple(range(n)), n)
     variants = by_hand(model, rows, (three, last, every), folder)
-    for name, end in {to_depth(three): max(chosen), to_depth(every): n - 1}.items():
+    for name, end in {to_depth(layers): max(layers.numbers) for layers in (one, three, every)}.items():
         only_end = HookSpec().capture(f"blocks.{end}.hook_resid_post")
         variants[name] = lambda spec=only_end: timed(lambda: run(model, rows, spec), model.device)  # type: ignore[misc]
     for layers in (one, three, every):
@@ -123,6 +126,10 @@ def captures(settings: Settings, folder: Path) -> tuple[dict[str, Measurement], 
     for dtype, layers, compiled in kept:
         plan = planned(folder, settings, layers, dtype, compile=compiled)
         variants[to_disk(layers, dtype, settings, compiled)] = lambda plan=plan: stored(plan)  # type: ignore[misc]
+    case = encoding.Case(model.spec.d_model, *FEATURES)
+    save_dictionary(encoding.dictionary_of(case, f"blocks.{one.numbers[0]}.hook_resid_post"), folder / "sae")
+    plan = planned(folder, settings, one, settings.dtype, dictionary=folder / "sae")
+    variants[f"forebay: {one}, encoded behind the forward ({case}), to disk"] = lambda plan=plan: stored(plan)  # type: ignore[misc]
     n_bytes = settings.n_token * model.spec.d_model * len(three.numbers) * model.dtype.itemsize
     variants[f"raw bytes of {three}, flushed"] = lambda: timed(lambda: ceilings.raw_bytes(folder / "raw.bin", n_bytes))
     return variants, goals_of(settings, three, last, every) if settings.dtype == "float32" else ()
@@ -206,10 +213,15 @@ def planned(
     *,
     unit_tokens: int | None = None,
     compile: bool = False,
+    dictionary: Path | None = None,
 ) -> Plan:
-    """A run over just enough text for the batches, which computes and keeps in one dtype; its tokens already made. The
-    plans of several captures may share a folder, in which only one of them stands at a time.
+    """A run over just enough text for the batches, which computes and keeps in one dtype: captures of the layers, or
+    behind the forward the features of a dictionary; its tokens already made. The plans of several may share a folder,
+    in which only one of them stands at a time.
     """
+    capture = {"hooks": [layers.pattern], "dtype": dtype, "store_dtype": dtype, "compile": compile}
+    encode = {"dictionary": str(dictionary), "fused": True, "model_dtype": dtype}
+    limits = {"batch": settings.batch, **({} if unit_tokens is None else {"unit_tokens": unit_tokens})}
     recipe = {
         "corpus": {"files": ["text.jsonl"]},
         "model": {"source": settings.source},
@@ -219,14 +231,7 @@ def planned(
             "long_documents": "truncate",
             "prepend_bos": False,
         },
-        "capture": {
-            "hooks": [layers.pattern],
-            "batch": settings.batch,
-            "dtype": dtype,
-            "store_dtype": dtype,
-            "compile": compile,
-            **({} if unit_tokens is None else {"unit_tokens": unit_tokens}),
-        },
+        **({"capture": capture | limits} if dictionary is None else {"encode": {"sae": encode | limits}}),
     }
     folder.mkdir(exist_ok=True)
     write_text(folder / "text.jsonl", settings)
@@ -258,7 +263,8 @@ def run(
 
 
 def stored(plan: Plan) -> float:
-    """Seconds of the capture step: reading tokens, forward, dtype, shards, fsync, checksums, records; no loading."""
+    """Seconds of the step behind the tokens: reading them, forward, dtype or features, shards, fsync, checksums,
+    records; no loading."""
     step = plan.steps[1]
     shutil.rmtree(step.folder, ignore_errors=True)
     outcome = run_step(plan, step, Quiet(), Event())
