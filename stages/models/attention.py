@@ -88,24 +88,24 @@ def _turned(
     if w.q_norm is None and sight.rotation is not None and not at.keys() & _QUERIES_AND_KEYS:
         # All heads at once: half as many passes.
         q_BTHE, k_BTKE = rotate(fused_BTHE[:, :, : heads + keys], sight.rotation).split([heads, keys], -2)
-    else:
-        q_BTHE, k_BTKE = _apart(q_BTHE, k_BTKE, w, spec, sight, at)
-    if "attn.hook_v" in at:
-        v_BTKE = at["attn.hook_v"](v_BTKE)
-    return q_BTHE, k_BTKE, v_BTKE
+        return q_BTHE, k_BTKE, at["attn.hook_v"](v_BTKE) if "attn.hook_v" in at else v_BTKE
+    return _turned_apart(q_BTHE, k_BTKE, v_BTKE, w, spec, sight, at)
 
 
 _QUERIES_AND_KEYS = frozenset({"attn.hook_q", "attn.hook_k", "attn.hook_rot_q", "attn.hook_rot_k"})
 
 
-def _apart(
-    q_BTHE: Tensor, k_BTKE: Tensor, w: BlockWeights, spec: ModelSpec, sight: Sight, at: At
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys each by themselves, with the same bits: where they are normalised, or one is looked at."""
+def _turned_apart(
+    q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, w: BlockWeights, spec: ModelSpec, sight: Sight, at: At
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with the same bits, where queries and keys are normalised or one of them is looked at. The taps fire
+    in the order of the vocabulary."""
     if "attn.hook_q" in at:
         q_BTHE = at["attn.hook_q"](q_BTHE)
     if "attn.hook_k" in at:
         k_BTKE = at["attn.hook_k"](k_BTKE)
+    if "attn.hook_v" in at:
+        v_BTKE = at["attn.hook_v"](v_BTKE)
     if w.q_norm is not None and w.k_norm is not None:
         whole = spec.qk_norm == "full"  # over all heads together
         q, k = (q_BTHE.flatten(-2), k_BTKE.flatten(-2)) if whole else (q_BTHE, k_BTKE)
@@ -117,7 +117,7 @@ def _apart(
         q_BTHE = at["attn.hook_rot_q"](q_BTHE)
     if "attn.hook_rot_k" in at:
         k_BTKE = at["attn.hook_rot_k"](k_BTKE)
-    return q_BTHE, k_BTKE
+    return q_BTHE, k_BTKE, v_BTKE
 
 
 def _attend(
