@@ -237,6 +237,8 @@ class UnitTasks:
             flight.running[key] = worker, time.monotonic()
             try:
                 self.client.restart_workers([worker], timeout=30, raise_for_error=False)
+            except KeyError:  # the scheduler has none of that address any more
+                self.progress.said(f"{worker} has gone by itself")
             except (OSError, TimeoutError, ValueError, RuntimeError) as error:
                 self.progress.said(f"{worker} cannot be started anew ({error})")
 

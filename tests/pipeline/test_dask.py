@@ -158,6 +158,20 @@ def test_a_result_that_never_comes_is_read_from_the_ledger_or_computed_again(
     assert values(folder) == expected
 
 
+def test_a_worker_that_has_gone_is_not_started_anew(client: Any, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """As when one that hung dies between the look at who is at what and the word to its nanny."""
+    from forebay.pipeline.executors.dask_workers import unit_task
+    from forebay.pipeline.plan import load_plan
+
+    forebay.run(make_recipe(capture={"threads": 1}), tmp_path / "run", device="cpu")
+    plan, heard = load_plan(tmp_path / "run", "cpu"), Heard()
+    step = plan.step("activations")
+    tasks = unit_tasks.UnitTasks(client, plan, step, unit_task, heard, threading.Event())
+    flight = unit_tasks.Flight(next(iter(tasks.store.schema.grid)), time.monotonic())
+    tasks._again(flight, "a task", "tcp://127.0.0.1:9", hopeless=True, workers=[])
+    assert heard.texts[-1] == "tcp://127.0.0.1:9 has gone by itself"
+
+
 def test_what_travels_is_small(client: Any, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     from forebay.pipeline.executors.dask_workers import unit_task
 
