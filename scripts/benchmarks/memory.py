@@ -66,13 +66,13 @@ class Found:
 
 def loaded(settings: Settings, folder: Path) -> Found:
     model, _ = forwards.prepared(settings, folder)
-    return Found(fullest(), weights(model.spec, settings))
+    return Found(memory_in_use().peak_resident, weights(model.spec, settings))
 
 
 def bare(settings: Settings, folder: Path) -> Found:
     model, rows = forwards.prepared(settings, folder)
     forwards.run(model, rows, HookSpec().capture("hook_final_norm"))
-    return Found(fullest(), weights(model.spec, settings))
+    return Found(memory_in_use().peak_resident, weights(model.spec, settings))
 
 
 def some_layers(settings: Settings, folder: Path) -> Found:
@@ -97,14 +97,18 @@ def by_hand(settings: Settings, folder: Path) -> Found:
     rival, spec = rivals.transformers_of(model), model.spec
     del model
     rivals.handwritten(rival, rows, range(spec.n_layers), folder / "by-hand")
-    return Found(fullest(), weights(spec, settings))
+    return Found(memory_in_use().peak_resident, weights(spec, settings))
 
 
 def captured(settings: Settings, folder: Path, numbers: tuple[int, ...]) -> Found:
     folder.mkdir(exist_ok=True)
     plan = forwards.planned(folder / "run", settings, forwards.Layers(numbers, 0), settings.dtype)
     forwards.stored(plan)
-    return Found(fullest(), weights(open_checkpoint(settings.source).spec, settings), plan.steps[1].unit_bytes)
+    return Found(
+        memory_in_use().peak_resident,
+        weights(open_checkpoint(settings.source).spec, settings),
+        plan.steps[1].unit_bytes,
+    )
 
 
 Work = Callable[[Settings, Path], Found]
@@ -121,15 +125,6 @@ WORKS: dict[str, Work] = {
 def weights(spec: ModelSpec, settings: Settings) -> int:
     itemsize: int = getattr(torch, settings.dtype).itemsize
     return spec.n_parameters * itemsize
-
-
-def fullest() -> int:
-    """The most bytes that this process has had so far."""
-    status = Path("/proc/self/status")  # what getrusage says begins with what the parent had
-    if not status.exists():
-        return memory_in_use().peak_resident
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def over_batches(settings: Settings, folder: Path) -> tuple[int, int, int]:

@@ -34,9 +34,7 @@ class MemoryInUse:
 
 def memory_in_use(device: torch.device | None = None) -> MemoryInUse:
     """Give the memory in use by this process, and on a CUDA device where one is named."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    statm = Path("/proc/self/statm")
-    resident = int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak
+    resident, peak = _resident()
     if device is None or device.type != "cuda":
         return MemoryInUse(resident=resident, peak_resident=peak)
     return MemoryInUse(
@@ -46,6 +44,18 @@ def memory_in_use(device: torch.device | None = None) -> MemoryInUse:
         reserved=torch.cuda.memory_reserved(device),
         total=torch.cuda.get_device_properties(device).total_memory,
     )
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes that this process has on the host, and the most that it ever had."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    # Linux's getrusage would begin with what the parent had when it started this process.
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    resident, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return resident, peak
 
 
 # Of glibc's malloc.h: nothing is trimmed, blocks of up to a GiB lie on the heap, which grows by 64 MiB.

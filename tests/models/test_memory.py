@@ -91,6 +91,13 @@ def test_memory_in_use_grows_with_what_is_held() -> None:
     assert after.allocated is None
 
 
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_began_it() -> None:
+    kept = torch.ones(500_000_000, dtype=torch.int16)
+    program = "from forebay.stages.models.memory import memory_in_use; print(memory_in_use().peak_resident)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(said) < kept.nbytes
+
+
 KEEPING = """
 import torch
 from forebay.stages.models.memory import keep_freed_memory, memory_in_use, release_freed_memory
