@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .weights import BlockWeights
 AROUND = ("hook_resid_pre", "hook_resid_post")
 """Points at a block's edges, which a compiled block leaves to its caller."""
 GRAPHS = 32
-"""Compiled forms of a block in a process: one a shape, and of models with a window one for each kind of layer."""
+"""Compiled forms of a model's block: one a shape of batch, and of models with a window one for each kind of layer."""
 
 Compiled = Callable[[Tensor, BlockWeights, "Rotation | None", "Tensor | None"], Tensor]
 
@@ -55,12 +56,21 @@ def compiled_block(spec: ModelSpec) -> Compiled:
         attend = partial(attention, w=w, spec=spec, layer=0, sight=Sight(rotation, visible), cache=None, at={})
         return block(x_BTD, w, spec, {}, attend, partial(mlp, w=w, spec=spec, at={}))
 
-    compiled = torch.compile(run, dynamic=False, fullgraph=True)
+    # torch counts forms by the object of the code: with one of its own, a model has nothing to do with those before it.
+    own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, run.__defaults__, run.__closure__)
+    compiled: Compiled = torch.compile(own, dynamic=False, fullgraph=True)
 
     def limited(x_BTD: Tensor, w: BlockWeights, rotation: Rotation | None, visible: Tensor | None) -> Tensor:
         # Beyond its limit torch would go on uncompiled without a word, and round otherwise.
         with torch._dynamo.config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True):
-            return compiled(x_BTD, w, rotation, visible)
+            try:
+                return compiled(x_BTD, w, rotation, visible)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                shape = f"{x_BTD.shape[0]} × {x_BTD.shape[1]} tokens"
+                raise ModelError(
+                    f"compile = true: {GRAPHS} forms of the block are compiled, and a batch of {shape} would need "
+                    "another. Give batches of one shape, or load the model without compile"
+                ) from None
 
     return limited
 

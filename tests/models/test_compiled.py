@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import forebay
+from forebay.stages.models import compiling
 from forebay.stages.models.compiling import require_compilable
 from forebay.stages.models.errors import ModelError
 from forebay.stages.models.model import Model
@@ -78,6 +79,19 @@ def test_every_family_is_compiled_or_refused(
     assert_equal_but_for_rounding(model, ours, tokens, worst_token)
 
 
+@pytest.mark.slow
+def test_more_shapes_than_are_kept_are_refused_in_every_model_by_itself(
+    tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "GRAPHS", 2)
+    for _ in range(2):  # the second is not refused for the forms of the first
+        model = forebay.load_model(tmp_path / "tiny", device="cpu", compile=True)
+        for length in (5, 9, 5, 9):
+            model.forward(torch.arange(length)[None])
+        with pytest.raises(ModelError, match="2 forms of the block are compiled, and a batch of 1 × 7 tokens would"):
+            model.forward(torch.arange(7)[None])
+
+
 def test_what_cannot_be_compiled_is_refused_with_the_reason(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"compile = true: blocks are compiled for CPUs and CUDA, not for mps\. Leave"):
         require_compilable(tiny.spec, "mps")
@@ -90,7 +104,10 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(tiny: Model, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"context": 16, "unit_tokens": 112}, {"context": 64, "layout": "documents"}])
+@pytest.mark.parametrize(
+    "layout",
+    [{"context": 16, "unit_tokens": 112}, {"context": 64, "layout": "documents", "long_documents": "truncate"}],
+)
 def test_a_compiled_capture_is_killed_and_goes_on_to_the_same_bytes(
     make_recipe: Callable[..., Path], fork_run: Callable[..., Any], layout: dict[str, Any], tmp_path: Path
 ) -> None:
